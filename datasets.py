@@ -1,0 +1,181 @@
+"""Every small data set, read once into a uint8 tensor, and the splits of the experiments."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from sklearn.model_selection import StratifiedShuffleSplit
+from torch.nn import functional as F
+
+from utils import UserError
+
+CIFAR100_STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+STL10_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+DIGITS_STATISTICS = ((0.3054,) * 3, (0.3237,) * 3)
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+LARGEST_IN_MEMORY = 96
+
+
+@dataclass
+class ImageSet:
+    """One split of a data set, its images not read yet.
+
+    `labels` (N,) int64; `read(indices) -> (n, 3, S, S)` uint8 on the CPU; `statistics` the (mean, std) of the
+    normalisation, on the scale 0 to 1; `flip` whether a mirrored image keeps its class.
+    """
+
+    labels: torch.Tensor
+    read: Callable[[torch.Tensor], torch.Tensor]
+    classes: list[str]
+    statistics: tuple
+    size: int
+    flip: bool = True
+
+    def __len__(self):
+        return len(self.labels)
+
+    def subset(self, indices):
+        """Return the split's images at `indices`, in that order."""
+        return replace(self, labels=self.labels[indices], read=lambda i: self.read(indices[i]))
+
+    def images(self):
+        """Read all images: (N, 3, S, S) uint8."""
+        return self.read(torch.arange(len(self)))
+
+
+def stratified_share(labels, ratio):
+    """Return the indices of the published few-shot split: a stratified share `ratio` of the training set.
+
+    scikit-learn's StratifiedShuffleSplit with random_state 0 over the labels (method notes, "Recipes"); 1 means all.
+    """
+    if ratio == 1:
+        return torch.arange(len(labels))
+    splitter = StratifiedShuffleSplit(n_splits=1, test_size=1 - ratio, random_state=0)
+    try:
+        kept, _ = next(splitter.split(np.zeros(len(labels)), labels.numpy()))
+    except ValueError as error:
+        raise UserError(f"a share of {ratio} of {len(labels)} images cannot be stratified: {error}") from None
+    return torch.from_numpy(np.sort(kept))
+
+
+def in_memory(images, labels, classes, statistics, flip=True):
+    """Return an ImageSet over images already decoded, (N, 3, S, S) uint8."""
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    return ImageSet(labels, lambda i: images[i], list(classes), statistics, images.shape[-1], flip)
+
+
+def from_torchvision(kind, root, train):
+    """Return a split of torchvision's CIFAR-10/100 (downloaded on demand) or STL-10 (binary files)."""
+    from torchvision import datasets as tv
+
+    try:
+        if kind == "stl10":
+            found = tv.STL10(root, split="train" if train else "test", download=not os.path.isdir(f"{root}/stl10_binary"))
+            return in_memory(torch.from_numpy(found.data), found.labels, found.classes, STL10_STATISTICS)
+        maker = tv.CIFAR100 if kind == "cifar100" else tv.CIFAR10
+        folder = Path(root) / maker.base_folder
+        found = maker(root, train=train, download=not folder.is_dir())
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        place = {"stl10": "stl10_binary", "cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}[kind]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{kind}: unpack its archive so that {Path(root) / place} exists ({reason})") from None
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    statistics = CIFAR100_STATISTICS if kind == "cifar100" else CIFAR10_STATISTICS
+    return in_memory(images, found.targets, found.classes, statistics)
+
+
+def digits(root, train):
+    """Return a split (80/20, stratified, fixed) of scikit-learn's 1,797 digits, scaled to 3 x 32 x 32; `root` is unused."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    labels = torch.from_numpy(found.target)
+    images = torch.from_numpy(found.images).float().unsqueeze(1) * (255 / 16)
+    images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
+    images = images.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    kept = stratified_share(labels, 0.8)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[kept] = True
+    indices = (chosen if train else ~chosen).nonzero().flatten()
+    return in_memory(images, labels, found.target_names.astype(str), DIGITS_STATISTICS, flip=False).subset(indices)
+
+
+def class_folders(folder):
+    """Return the sorted class folders below `folder` and every image as (path, class number)."""
+    folder = Path(folder)
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+    samples = []
+    for number, name in enumerate(names):
+        files = (Path(at) / file for at, _, found in os.walk(folder / name, followlinks=True) for file in found)
+        samples += [(str(file), number) for file in sorted(files) if file.suffix.lower() in EXTENSIONS]
+    return names, samples
+
+
+def decode(path, size=None):
+    """Return the image at `path` as (3, H, W) uint8, resized and centre-cropped to `size` where given."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"unreadable image {path} ({str(error).splitlines()[0]})") from None
+    if size and image.size != (size, size):
+        scale = size / min(image.size)
+        wide, high = (max(size, round(side * scale)) for side in image.size)
+        left, top = (wide - size) // 2, (high - size) // 2
+        image = image.resize((wide, high), Image.BILINEAR).crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def image_size(path):
+    """Return the side that the images of a folder get in memory: that of the image at `path`, at most 96."""
+    with Image.open(path) as file:
+        return min(*file.size, LARGEST_IN_MEMORY)
+
+
+def image_folder(folders, train, workers, statistics):
+    """Return a split of `train/<class>/*` and the first test folder that exists of `folders[1:]`."""
+    test = next((folder for folder in folders[1:] if os.path.isdir(folder)), folders[-1])
+    names, samples = class_folders(folders[0])
+    if not samples:
+        raise UserError(f"no images: put them at {folders[0]}/<class>/* and {test}/<class>/*")
+    try:
+        size = image_size(samples[0][0])
+    except OSError as error:
+        raise UserError(f"unreadable image {samples[0][0]} ({error})") from None
+    if not train:
+        test_names, samples = class_folders(test)
+        if test_names != names or not samples:
+            odd = sorted(set(names) ^ set(test_names))[:3]
+            raise UserError(f"{test}: its class folders must be those of {folders[0]} (check: {', '.join(odd) or 'empty'})")
+    paths, labels = zip(*samples, strict=True)
+
+    def read(indices):
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            images = list(pool.map(lambda i: decode(paths[i], size), indices.tolist()))
+        return torch.stack(images)
+
+    return ImageSet(torch.tensor(labels), read, names, statistics, size)
+
+
+def load(name, root, train, workers=4):
+    """Return a split of the data set `name` below `root`; raise UserError saying what to put where."""
+    if name in ("cifar10", "cifar100", "stl10"):
+        return from_torchvision(name, root, train)
+    if name == "digits":
+        return digits(root, train)
+    root = Path(root)
+    if name == "tinyimagenet" and (root / "tiny-imagenet-200").is_dir():
+        root = root / "tiny-imagenet-200"
+    folders = [root / "train", root / "val_sorted", root / "val", root / "test"]
+    if name == "tinyimagenet":
+        if (root / "val" / "images").is_dir() and not folders[1].is_dir():
+            raise UserError(f"{root}: sort its validation images first: python data/preprocess_tinyimagenet.py {root}")
+        folders.pop()
+    return image_folder([str(f) for f in folders], train, workers, IMAGENET_STATISTICS)

@@ -1,0 +1,284 @@
+"""The only loops of the project: train one epoch, fit a run with checkpoints and logs."""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import distributed
+import models
+import utils
+from losses import unwrap
+from metrics import Totals, evaluate, training_sums
+from precision import resolve_precision
+
+HEADS_EVERY = 10  # epochs between tests of all auxiliary heads; the backbone is tested every epoch
+POLL_EVERY = 10  # steps between agreements of several processes on whether to stop
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved itself."""
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1, so that the training loop can save before it ends."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.note)
+
+    def note(self, *_):
+        """Signal handler: remember that a stop was asked for."""
+        self.received = True
+
+    def agreed(self, world, step):
+        """Return whether the run stops after `step`: at once in one process, at a step all agree on in several."""
+        if world.size == 1:
+            return self.received
+        if step % POLL_EVERY:
+            return False
+        return bool(distributed.sum_over_ranks(torch.tensor(float(self.received), device=world.device)).item())
+
+
+class Run:
+    """One training run: model, objective, optimizer and where they stand. `fit` drives it."""
+
+    def __init__(self, args, world, model, objective, data):
+        self.args, self.world, self.data = args, world, data
+        self.model = model.to(world.device, memory_format=torch.channels_last)
+        self.objective = objective.to(world.device)
+        self.folder = utils.RunFolder(args.script, args)
+        self.epoch, self.step_in_epoch = 0, 0
+        self.totals = Totals(world.device)
+        self.best, self.last_accuracy = {"acc": -1.0, "epoch": 0, "net": None}, None
+        self.precision = resolve_precision(args.amp, world.device)
+
+    def prepare(self):
+        """Wrap the model for several processes and build what trains it, once the starting weights are in place."""
+        args, device = self.args, self.world.device
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            trained,
+            lr=args.init_lr,
+            momentum=0.9,
+            weight_decay=args.weight_decay,
+            nesterov=not models.is_imagenet(args.arch),
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.wrapped = self.model
+        if args.sync_bn:
+            self.wrapped = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if self.world.size > 1:
+            self.wrapped = DistributedDataParallel(self.wrapped, [device.index] if device.type == "cuda" else None)
+        self.forward = torch.compile(self.forward_eager) if args.compile else self.forward_eager
+
+    def forward_eager(self, images, labels, epoch):
+        """Return the loss of a batch and its training sums (name -> scalar)."""
+        with torch.autocast(images.device.type, dtype=self.precision, enabled=self.precision is not None):
+            terms, predictions = self.objective.step(self.wrapped, images, labels, epoch)
+        return sum(terms.values()), training_sums(terms, predictions, labels)
+
+    def step(self, images, labels, epoch):
+        """Take one optimizer step on a batch, computed in `--accumulate` parts."""
+        parts = min(self.args.accumulate, len(images))
+        chunks = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+        for number, (x, y) in enumerate(chunks, 1):
+            waiting = self.world.size > 1 and number < len(chunks)
+            with self.wrapped.no_sync() if waiting else contextlib.nullcontext():
+                loss, sums = self.forward(x, y, epoch)
+                self.scaler.scale(loss * (len(x) / len(images))).backward()
+            self.totals.add(sums, len(x))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def train_epoch(self, epoch, stop):
+        """Train from the step where the run stands to the end of `epoch`; save and raise Preempted when asked to."""
+        batches, args = self.data.train, self.args
+        self.wrapped.train()
+        bar = tqdm(
+            total=len(batches),
+            initial=self.step_in_epoch,
+            desc=f"epoch {epoch + 1}/{args.epochs}",
+            disable=not (self.world.is_main and sys.stderr.isatty()),
+        )
+        for images, labels in batches.epoch(epoch, self.step_in_epoch):
+            rate = utils.learning_rate(args, epoch, self.step_in_epoch / len(batches))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.step(images, labels, epoch)
+            self.step_in_epoch += 1
+            bar.update()
+            if not bar.disable and self.step_in_epoch % 20 == 0:
+                self.show_progress(bar)
+            if stop.agreed(self.world, self.step_in_epoch):
+                self.save()
+                raise Preempted
+        bar.close()
+
+    def show_progress(self, bar):
+        """Put loss, accuracy and images/s of this process so far behind the progress bar."""
+        means = self.totals.means(over_ranks=False)
+        speed = self.args.batch_size * (bar.format_dict["rate"] or 0)
+        shown = {"loss": means["loss"], **{k: v for k, v in means.items() if k.endswith("top1")}, "img/s": speed}
+        bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+
+    def test(self, epoch):
+        """Return the flat record of `epoch`'s tests, and note whether it is the best so far."""
+        heads = (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.args.epochs
+        record = {}
+        for name, batches in (("val", self.data.val), ("test", self.data.test)):
+            if batches is not None:
+                means = evaluate(self.model, batches, self.world.device, self.precision, heads)
+                record.update({f"{name}/{key}": value for key, value in means.items()})
+        chosen_on = "test" if self.data.val is None else "val"
+        if record[f"{chosen_on}/top1"] > self.best["acc"]:
+            self.best = {"acc": record[f"{chosen_on}/top1"], "epoch": epoch + 1, "net": record.get(f"{chosen_on}/net")}
+        record.update({"best/top1": self.best["acc"], "best/epoch": self.best["epoch"]})
+        return record
+
+    def state(self):
+        """Return everything a checkpoint holds; every rank takes part."""
+        objective = distributed.gather_objects(utils.to_cpu(self.objective.state_dict()))
+        totals = self.totals.state_dict() if self.step_in_epoch else {}
+        model = unwrap(self.model)
+        return utils.to_cpu(
+            {
+                "net": model.state_dict(),
+                "acc": self.last_accuracy,
+                "epoch": self.epoch,
+                "optimizer": self.optimizer.state_dict(),
+                "arch": self.args.arch,
+                "num_classes": self.data.num_classes,
+                "rotations": getattr(model, "rotations", None),
+                "dataset": self.args.dataset,
+                "method": getattr(self.args, "method", None),
+                "args": json.loads(json.dumps(vars(self.args))),
+                "versions": utils.versions(),
+                "rng": {"torch": torch.get_rng_state()},
+                "order": {"seed": self.args.manual_seed, "epoch": self.epoch, "step": self.step_in_epoch},
+                "objective": objective,
+                "totals": totals,
+                "scaler": self.scaler.state_dict(),
+                "precision": str(self.precision).removeprefix("torch."),
+                "best": self.best,
+            }
+        )
+
+    def save(self, best=False):
+        """Write the last checkpoint, and before it the best one where this is it."""
+        state = self.state()
+        if self.world.is_main:
+            if best:
+                utils.save_checkpoint(state, self.folder.best)
+            utils.save_checkpoint(state, self.folder.last)
+        distributed.barrier()
+
+    def restore(self):
+        """Go on where the run folder's last checkpoint stands."""
+        content = utils.load_weights(self.model, self.folder.last)
+        try:
+            self.precision = {"None": None}.get(content["precision"], getattr(torch, content["precision"], None))
+            self.prepare()
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+            saved = content["objective"]
+            self.objective.load_state_dict(saved[self.world.rank % len(saved)])
+            self.epoch, self.step_in_epoch = content["order"]["epoch"], content["order"]["step"]
+            self.totals.load_state_dict(content["totals"], self.world.is_main)
+            self.best, self.last_accuracy = content["best"], content["acc"]
+            torch.set_rng_state(content["rng"]["torch"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise utils.UserError(f"{self.folder.last}: no checkpoint of this project to resume from ({error})") from None
+
+
+def start(run):
+    """Claim the run folder and bring the run to its starting point: fresh, or where its checkpoint stands."""
+    args = run.args
+    if run.world.is_main:
+        run.folder.claim(args.resume)
+    distributed.barrier()
+    if args.resume and run.folder.last.exists():
+        run.restore()
+        say(run, f"resuming at epoch {run.epoch + 1}, step {run.step_in_epoch}")
+    else:
+        if args.resume:
+            say(run, f"--resume: nothing in {run.folder.path} yet, starting from the beginning")
+        run.prepare()
+
+
+def say(run, text):
+    """Print a line from the main process."""
+    if run.world.is_main:
+        print(text, flush=True)
+
+
+def fit(args, world, model, objective, data):
+    """Train `model` with `objective` on `data` as `args` say, writing the run folder; return the best record.
+
+    Raises UserError for a folder that holds another run. SIGTERM or SIGUSR1 saves at the next step and exits with 143.
+    """
+    run = Run(args, world, model, objective, data)
+    if args.evaluate:
+        return report_best(run)
+    start(run)
+    stop = StopSignal()
+    log = utils.RunLog(run.folder, run.epoch) if world.is_main else None
+    say(run, f"{run.folder.path}: lr {args.init_lr}, {run.precision or 'float32'}, {len(data.train)} steps an epoch")
+    try:
+        for epoch in range(run.epoch, args.epochs):
+            record = one_epoch(run, epoch, stop)
+            if log:
+                log.write(record)
+            run.save(best=run.best["epoch"] == epoch + 1)
+            say(run, summary(record, args.epochs))
+    except Preempted:
+        say(run, f"stopped by a signal at epoch {run.epoch + 1}, step {run.step_in_epoch}: go on with --resume")
+        sys.exit(143)
+    if run.last_accuracy is not None:
+        chosen_on = "the test set" if data.val is None else "held-out training images"
+        say(run, f"best top-1 {run.best['acc']:.2f} at epoch {run.best['epoch']} (selected on {chosen_on}), "
+                 f"last {run.last_accuracy:.2f}")  # fmt: skip
+    return run.best
+
+
+def one_epoch(run, epoch, stop):
+    """Train and test one epoch and return its flat record."""
+    began, first_step = time.perf_counter(), run.step_in_epoch
+    run.train_epoch(epoch, stop)
+    trained = {f"train/{name}": value for name, value in run.totals.means().items()}
+    seconds = time.perf_counter() - began
+    images = (run.step_in_epoch - first_step) * run.args.batch_size
+    run.totals, run.step_in_epoch, run.epoch = Totals(run.world.device), 0, epoch + 1
+    record = {"epoch": epoch + 1, "lr": run.optimizer.param_groups[0]["lr"], **trained, **run.test(epoch)}
+    run.last_accuracy = record["test/top1"]
+    record.update({"images_per_second": images / seconds, "seconds": time.perf_counter() - began})
+    if run.world.device.type == "cuda":
+        record["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return record
+
+
+def summary(record, epochs):
+    """Return an epoch's line: loss, accuracies, speed and time left."""
+    left = (epochs - record["epoch"]) * record["seconds"]
+    accuracies = ", ".join(f"{k} {v:.2f}" for k, v in record.items() if k.endswith("top1"))
+    return (
+        f"epoch {record['epoch']}/{epochs}: loss {record['train/loss']:.4f}, {accuracies}, "
+        f"{record['images_per_second']:.0f} images/s, {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
+    )
+
+
+def report_best(run):
+    """Test the run folder's best weights with all heads, print and return the accuracies."""
+    path = run.folder.best if run.folder.best.exists() else run.folder.last
+    utils.load_weights(run.model, path)
+    means = evaluate(run.model, run.data.test, run.world.device, run.precision, heads=True)
+    say(run, f"{path}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
+    return means

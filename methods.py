@@ -1,0 +1,120 @@
+"""The distillation methods of a student script: their flags, constants, teacher and objective."""
+
+import losses
+import models
+import options
+import utils
+
+# DPCD's clamp of beta by the teacher's family (method notes, "DPCD").
+DPCD_BETA_RANGE = {"wrn": (5.0, 8.0), "vgg": (5.0, 8.0), "resnet32x4": (6.0, 10.0), "ResNet50": (6.0, 10.0)}
+DPCD_BETA_RANGE_RESNET = (1.0, 4.0)
+# DKD's beta by the teacher's family where it is not 8 (Zhao et al., CVPR 2022, settings of the CIFAR-100 pairs).
+DKD_BETA = {"wrn": 6.0, "vgg": 6.0, "resnet32x4": 8.0, "resnet8x4": 8.0, "resnet": 2.0}
+
+METHODS = {
+    "hsakd": {},
+    "kd": {"ce_weight": 0.1, "kd_weight": 0.9},
+    "dkd": {"alpha": 1.0, "beta": None, "loss_warmup": 20},
+    "dpcd": {
+        "beta": 6.0,
+        "beta_range": None,
+        "loss_warmup": 20,
+        "alpha_range": [0.5, 2.0],
+        "ema": 0.9,
+        "history": 2000,
+        "threshold": 0.6,
+        "quantile": 0.65,
+        "slope": 18.0,
+        "ced_beta": 8.0,
+    },
+}
+TEMPERATURE = {"hsakd": 3.0, "dpcd": 3.0, "kd": 4.0, "dkd": 4.0}
+
+
+def add_arguments(parser, tarch="wrn_40_2_aux"):
+    """Add the trained teacher, the method and the methods' constants to a student script's parser."""
+    add = parser.add_argument
+    number, natural = options.not_negative(float), options.not_negative(int)
+    add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
+    add("--tcheckpoint", required=True, help="trained weights of the teacher")
+    add("--method", choices=list(METHODS), default="hsakd")
+    add("--kd_T", type=options.above_zero, help="temperature; default 3 for hsakd and dpcd, 4 for kd and dkd")
+    add("--ce-weight", type=number, help="kd: weight of the cross-entropy (0.1)")
+    add("--kd-weight", type=number, help="kd: weight of the KL term (0.9)")
+    add("--alpha", type=number, help="dkd: weight of the target term (1)")
+    add("--beta", type=number, help="dkd, dpcd: weight of the non-target term (by the teacher's family; 6)")
+    add("--loss-warmup", type=natural, help="dkd, dpcd: epochs over which the teacher's term fades in (20)")
+    add("--beta-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of beta (by family)")
+    add("--alpha-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of alpha (0.5 2)")
+    add("--ema", type=number, help="dpcd: share of the old value in the moving confidence (0.9)")
+    add("--history", type=options.positive, help="dpcd: confidences kept for the threshold (2000)")
+    add("--threshold", type=number, help="dpcd: threshold until the history is full (0.6)")
+    add("--quantile", type=options.share, help="dpcd: quantile of the history that is the threshold (0.65)")
+    add("--slope", type=number, help="dpcd: slope of the sigmoid (18)")
+    add("--ced-beta", type=number, help="dpcd: weight of the self path's non-target term (8)")
+
+
+def finish(parser, argv=None):
+    """Parse a student script's command line and fill in the method's constants; reject those of other methods."""
+    args = options.finish(parser, argv)
+    constants = METHODS[args.method]
+    for name in sorted(set().union(*METHODS.values()) - set(constants)):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} has no part in --method {args.method}")
+    for name, default in {"kd_T": TEMPERATURE[args.method], **constants}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    for name in ("arch", "tarch"):
+        if models.is_pair(getattr(args, name)):
+            parser.error(f"--{name} {getattr(args, name)} is a mutual pair: name one of its networks")
+    if args.method in ("kd", "dkd"):
+        # These losses use class logits alone, so the name of an auxiliary network stands for its backbone.
+        args.arch = models.backbone_name(args.arch)
+    else:
+        options.require_aux(parser, args, *(["arch", "tarch"] if args.method == "hsakd" else ["arch"]))
+    teacher_family = models.backbone_name(args.tarch)
+    if args.method == "dkd" and args.beta is None:
+        args.beta = by_family(DKD_BETA, teacher_family, 8.0)
+    if args.method == "dpcd" and args.beta_range is None:
+        args.beta_range = list(by_family(DPCD_BETA_RANGE, teacher_family, DPCD_BETA_RANGE_RESNET))
+    for name in ("alpha_range", "beta_range"):
+        low_high = getattr(args, name)
+        if low_high and low_high[0] > low_high[1]:
+            parser.error(f"--{name.replace('_', '-')}: {low_high[0]:g} is above {low_high[1]:g}")
+    return args
+
+
+def by_family(table, name, default):
+    """Return the entry of `table` whose key is the longest prefix of an architecture's name."""
+    keys = [key for key in table if name.startswith(key)]
+    return table[max(keys, key=len)] if keys else default
+
+
+def load_teacher(args):
+    """Return the teacher of `--tarch` with the weights of `--tcheckpoint`; its rotations are read off the weights."""
+    num_classes, rotations = utils.weights_layout(args.tcheckpoint)
+    teacher = models.create(args.tarch, num_classes, rotations or 4)
+    utils.load_weights(teacher, args.tcheckpoint)
+    if args.method == "hsakd" and rotations != 4:
+        raise utils.UserError(f"{args.tcheckpoint}: its heads tell {rotations} rotation apart, hsakd needs 4")
+    return teacher, num_classes
+
+
+def create_pair(args, num_classes):
+    """Return (student, objective) of `--method` for a data set of `num_classes`; raise UserError where they do not fit."""
+    teacher, known = load_teacher(args)
+    if known != num_classes:
+        raise utils.UserError(f"{args.tcheckpoint}: a teacher of {known} classes, but {args.dataset} has {num_classes}")
+    student = models.create(args.arch, num_classes, 1 if args.method == "dpcd" else 4)
+    if args.method == "kd":
+        return student, losses.KDLoss(teacher, args.kd_T, args.ce_weight, args.kd_weight)
+    if args.method == "dkd":
+        return student, losses.DKDLoss(teacher, args.kd_T, args.alpha, args.beta, args.loss_warmup)
+    if args.method == "dpcd":
+        renamed = {"temperature": args.kd_T, "warmup_epochs": args.loss_warmup}
+        constants = {name: getattr(args, name) for name in METHODS["dpcd"] if name != "loss_warmup"}
+        return student, losses.DPCDLoss(teacher, **constants, **renamed)
+    heads = [network.auxiliary_classifier.num_branches for network in (student, teacher)]
+    if heads[0] != heads[1]:
+        raise utils.UserError(f"hsakd pairs heads one to one, but {args.arch} has {heads[0]}, {args.tarch} {heads[1]}")
+    return student, losses.HSAKDLoss(teacher, args.kd_T)

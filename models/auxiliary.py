@@ -1,0 +1,95 @@
+"""Auxiliary classifiers on a backbone (HSAKD, IJCAI 2021), and mutual pairs of such networks (HSSAKD, TNNLS 2022)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.layers import Backbone, global_pool
+
+
+class AuxiliaryClassifier(nn.Module):
+    """L branches, one per tap: `block_extractor{l}`, an optional tail followed by ReLU, global pooling, `fc{l}`."""
+
+    def __init__(
+        self,
+        branches: Sequence[Sequence[nn.Module]],
+        width: int,
+        num_outputs: int,
+        tails: Sequence[nn.Module] = (),
+        tail_prefix: str = "tail",
+    ):
+        """Take each branch's modules, the width before `fc{l}`, and the tails, registered as `{tail_prefix}{l}`."""
+        super().__init__()
+        self.num_branches = len(branches)
+        self.tail_prefix = tail_prefix if tails else None
+        for level, modules in enumerate(branches, start=1):
+            self.add_module(f"block_extractor{level}", nn.Sequential(*modules))
+            if tails:
+                self.add_module(f"{tail_prefix}{level}", tails[level - 1])
+            self.add_module(f"fc{level}", nn.Linear(width, num_outputs))
+
+    def forward(self, taps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the L auxiliary logits, each (B, num_outputs), of the L tapped feature maps."""
+        outputs = []
+        for level, x in enumerate(taps, start=1):
+            x = getattr(self, f"block_extractor{level}")(x)
+            if self.tail_prefix is not None:
+                x = F.relu(getattr(self, f"{self.tail_prefix}{level}")(x), inplace=True)
+            outputs.append(getattr(self, f"fc{level}")(global_pool(x)))
+        return outputs
+
+
+class AuxiliaryNet(nn.Module):
+    """A backbone with auxiliary classifiers: x -> (logits (B, N), [aux logits (B, N * rotations), ...])."""
+
+    def __init__(self, backbone: Backbone, num_classes: int, rotations: int = 4):
+        super().__init__()
+        self.num_classes = num_classes
+        self.rotations = rotations
+        self.backbone = backbone
+        self.auxiliary_classifier = backbone.build_auxiliary(num_classes * rotations)
+
+    @property
+    def frozen(self) -> bool:
+        """True when no parameter of the backbone requires a gradient."""
+        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+    def freeze_backbone(self) -> None:
+        """Train the auxiliary classifiers alone: no gradient for the backbone, and its BatchNorm statistics stand."""
+        self.backbone.requires_grad_(False)
+        self.backbone.eval()
+
+    def train(self, mode: bool = True) -> "AuxiliaryNet":
+        """Set the mode as usual, but leave a frozen backbone in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the class logits and the auxiliary logits; a frozen backbone's features carry no gradient."""
+        if self.frozen:
+            with torch.no_grad():
+                taps, logits = self.backbone.forward_features(x)
+        else:
+            taps, logits = self.backbone.forward_features(x)
+        return logits, self.auxiliary_classifier(taps)
+
+
+class MutualPair(nn.Module):
+    """Two networks that teach each other: x -> ([logits1, logits2], [aux logits of net1, aux logits of net2])."""
+
+    def __init__(self, net1: AuxiliaryNet, net2: AuxiliaryNet):
+        super().__init__()
+        self.num_classes = net1.num_classes
+        self.rotations = net1.rotations
+        self.net1 = net1
+        self.net2 = net2
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Return both networks' class logits, and both networks' lists of auxiliary logits."""
+        logits1, aux_logits1 = self.net1(x)
+        logits2, aux_logits2 = self.net2(x)
+        return [logits1, logits2], [aux_logits1, aux_logits2]

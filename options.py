@@ -1,0 +1,193 @@
+"""The command line shared by the scripts: flags, their defaults by recipe, and the checks of their values."""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+
+import models
+
+DATASETS = ["cifar100", "cifar10", "digits", "tinyimagenet", "stl10", "imagefolder", "imagenet"]
+# Method notes, "Recipes": the light networks start at 0.01, all others at 0.05.
+LIGHT_NETWORKS = ("mobilenet", "mbv2", "shuffle")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit status 2."""
+
+    def __init__(self, description, **kwargs):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        """Print `message` as one line and exit with status 2."""
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def positive(text):
+    """Parse a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return value
+
+
+def not_negative(kind):
+    """Return a parser of numbers of type `kind` that are finite and at least 0."""
+
+    def parse(text):
+        value = kind(text)
+        if not 0 <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
+        return value
+
+    return parse
+
+
+def above_zero(text):
+    """Parse a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def share(text):
+    """Parse a share in (0, 1]."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text}")
+    return value
+
+
+def held_out_share(text):
+    """Parse a share in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text}")
+    return value
+
+
+def architecture(name):
+    """Check that an architecture exists; the error lists the nearest names."""
+    try:
+        models.backbone_name(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+def dataset(name):
+    """Map a data set's name, or a published spelling of it, to the name used here."""
+    plain = name.lower().replace("-", "").replace("_", "")
+    if plain not in DATASETS:
+        near = difflib.get_close_matches(plain, DATASETS, 3, 0.3)
+        raise argparse.ArgumentTypeError(f"unknown data set {name!r}; nearest: {', '.join(near or DATASETS)}")
+    return plain
+
+
+def gpu_ids(text):
+    """Check a comma-separated list of GPU numbers."""
+    if not all(part.isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected GPU numbers such as 0 or 0,1, got {text!r}")
+    return text
+
+
+def base_parser(script, description, arch, dataset_name="cifar100"):
+    """Return a parser with the flags that every script reads: data, network, device. `script` is its file."""
+    parser = Parser(description, prog=Path(script).name)
+    parser.set_defaults(script=Path(script).stem)
+    add = parser.add_argument
+    add("--data", default="./data", help="folder of the data set")
+    add("--dataset", type=dataset, default=dataset_name, help=", ".join(DATASETS))
+    add("--arch", type=architecture, default=arch, help="architecture of the network")
+    add("--batch-size", type=positive, default=64, help="images a step, over all processes")
+    add("--num-workers", type=not_negative(int), default=4, help="threads or processes that decode image files")
+    add("--gpu-id", type=gpu_ids, help="GPU to use, or several: 0,1,2,3")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="precision of the networks' arithmetic")
+    add("--limit-batches", type=positive, help="stop every pass after this many batches (quick trials)")
+    return parser
+
+
+def training_parser(script, description, arch, dataset_name="cifar100", epochs=240, milestones=(150, 180, 210)):
+    """Return the parser of a training script: the base flags, the recipe, runs and processes."""
+    parser = base_parser(script, description, arch, dataset_name)
+    add = parser.add_argument
+    add("--epochs", type=positive, default=epochs)
+    add("--manual_seed", type=not_negative(int), default=0, help="seed of weights, data order and augmentation")
+    add("--init-lr", type=above_zero, help="initial learning rate; default by the recipe of the architecture")
+    add("--weight-decay", type=not_negative(float), default=5e-4)
+    add("--milestones", type=positive, nargs="+", default=list(milestones), help="epochs at which the rate is x0.1")
+    add("--warmup-epoch", type=not_negative(int), default=0, help="epochs of linear warm-up")
+    add("--val-split", type=held_out_share, default=0.0, help="select the best epoch on this share of training images")
+    add("--accumulate", type=positive, default=1, help="parts that a batch is computed in, to save memory")
+    add("--compile", action="store_true", help="compile the training step")
+    add("--checkpoint-dir", default="./checkpoint", help="folder of the run folders")
+    add("--tag", help="suffix of the run folder's name")
+    add("--resume", action="store_true", help="go on with the run in the run folder")
+    add("--evaluate", action="store_true", help="test the run folder's best weights and stop")
+    add_distributed(parser)
+    return parser
+
+
+def add_distributed(parser):
+    """Add the published flags of runs on several devices or machines (torchrun needs none of them)."""
+    add = parser.add_argument
+    add("--multiprocessing-distributed", action="store_true", help="one process for each id of --gpu-id")
+    add("--dist-url", default="tcp://127.0.0.1:23456", help="address of the first machine")
+    add("--dist-backend", choices=["nccl", "gloo"], help="collectives; default nccl on GPUs, gloo on CPUs")
+    add("--world-size", type=positive, default=1, help="number of machines")
+    add("--rank", type=not_negative(int), default=0, help="number of this machine")
+    add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes")
+
+
+def add_few_ratio(parser, default=None):
+    """Add the share of the training set to train on."""
+    parser.add_argument("--few-ratio", type=share, default=default, help="stratified share of the training images")
+
+
+def add_freezing(parser):
+    """Add the flags of a teacher script: train the auxiliary classifiers alone, on a backbone that stays as it is."""
+    parser.add_argument("--pretrained-backbone", help="weights of the backbone to start from")
+    parser.add_argument("--freezed", action="store_true", help="keep the backbone frozen and in eval mode")
+
+
+def frozen_recipe(parser, argv):
+    """Make the frozen teacher's schedule the default where `argv` asks for a frozen teacher."""
+    if parser.parse_known_args(argv)[0].freezed:
+        parser.set_defaults(epochs=100, milestones=[30, 60, 90])
+
+
+def check_freezing(parser, args):
+    """Exit with one line where --freezed has no weights to freeze; such a run's folder carries the tag `freezed`."""
+    if args.freezed and not args.pretrained_backbone:
+        parser.error("--freezed needs --pretrained-backbone: an untrained backbone would stay untrained")
+    if args.freezed and not args.tag:
+        args.tag = "freezed"
+
+
+def finish(parser, argv=None):
+    """Parse `argv` and fill in the recipe's defaults; a mistake is one line and exit status 2."""
+    args = parser.parse_args(argv)
+    if "init_lr" in args and args.init_lr is None:
+        args.init_lr = default_learning_rate(args)
+    milestones = getattr(args, "milestones", [])
+    if sorted(set(milestones)) != milestones:
+        parser.error(f"--milestones must rise, got {' '.join(map(str, milestones))}")
+    return args
+
+
+def default_learning_rate(args):
+    """Return the recipe's initial learning rate of an architecture."""
+    if models.is_imagenet(args.arch):
+        return 0.1
+    return 0.01 if args.arch.lower().startswith(LIGHT_NETWORKS) else 0.05
+
+
+def require_aux(parser, args, *names):
+    """Exit with one line unless each architecture named (`arch`, `tarch`) has auxiliary classifiers."""
+    for name in names:
+        value = getattr(args, name)
+        if not models.is_aux(value):
+            near = f"{value}_aux" if f"{value}_aux" in models.names() else "wrn_16_2_aux"
+            parser.error(f"--{name} {value} has no auxiliary classifiers: use one such as {near}")

@@ -1,0 +1,375 @@
+"""Print a table of all runs, mean and std over seeds, beside the published results.
+
+`python report.py [FOLDER ..] [--markdown FILE] [--csv FILE] [--plot FILE]`; default: all below ./checkpoint.
+"""
+
+import argparse
+import csv
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+COLUMNS = [
+    "script",
+    "network",
+    "method",
+    "data set",
+    "settings",
+    "epochs",
+    "seeds",
+    "last top-1",
+    "best top-1",
+    "images/s",
+    "published",
+]
+ALIASES = {"mbv2": "mobilenetV2", "shufflev1": "ShuffleV1", "shufflev2": "ShuffleV2", "vgg13_bn": "vgg13", "vgg8_bn": "vgg8"}
+# Neither the seed nor where and on what a run was made sets it apart from another.
+NOT_SETTINGS = {
+    "manual_seed",
+    "data",
+    "checkpoint_dir",
+    "gpu_id",
+    "gpu",
+    "num_workers",
+    "resume",
+    "evaluate",
+    "rank",
+    "local_rank",
+    "world_size",
+    "dist_url",
+    "dist_backend",
+    "multiprocessing_distributed",
+    "distributed",
+    "versions",
+    "device",
+}
+
+
+class Run(NamedTuple):
+    """One run folder: the flat dict of args.json and the epochs of log.jsonl in order."""
+
+    args: dict
+    epochs: list
+
+
+class Label(NamedTuple):
+    """What was trained, as it is shown: runs with equal labels differ in their settings at most."""
+
+    script: str
+    network: str
+    method: str
+    data: str
+
+
+def read_json(path):
+    """Return the dict in a JSON file, or None if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_log(path):
+    """Return the epochs of a log.jsonl, the later line where one was repeated, without lines cut off by a kill."""
+    epochs = {}
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+            epochs[int(entry["epoch"])] = entry
+        except (ValueError, TypeError, KeyError):
+            continue
+    return [epochs[number] for number in sorted(epochs)]
+
+
+def find_runs(folders):
+    """Return the runs in and below the folders; a folder whose args.json is missing or broken is named on stderr."""
+    found = {
+        path.parent.resolve() for folder in folders for name in ("args.json", "log.jsonl") for path in Path(folder).rglob(name)
+    }
+    runs = []
+    for folder in sorted(found):
+        args = read_json(folder / "args.json")
+        if args is None:
+            print(f"report: {folder} has no readable args.json: left out", file=sys.stderr)
+        else:
+            runs.append(Run(args, read_log(folder / "log.jsonl")))
+    return runs
+
+
+def plain(arch):
+    """Return the published name of an architecture: no auxiliary heads, one network of a mutual pair."""
+    parts = str(arch).split("_")
+    half = len(parts) // 2
+    name = "_".join(parts[:half] if parts[:half] == parts[half:] else parts)
+    name = re.sub("^WRN", "wrn", name.removesuffix("_aux").removesuffix("_imagenet"))
+    return ALIASES.get(name, name)
+
+
+def source_args(path):
+    """Return the settings of the run that wrote the weights at `path`, from its args.json or else the path."""
+    known = read_json(Path(path).parent / "args.json")
+    if known is not None:
+        return {"freezed": "freezed" in path, **known}
+    names = re.search(r"(train_\w+?)(?:_tarch_(\w+?))?_arch_(\w+)_dataset_([a-z0-9]+)", path)
+    script, tarch, arch, dataset = names.groups() if names else (None,) * 4
+    return {"script": script, "tarch": tarch, "arch": arch, "dataset": dataset, "freezed": "freezed" in path}
+
+
+def is_joint(args):
+    """Tell whether a student's teacher was trained jointly: it has auxiliary heads and no --freezed."""
+    path = args.get("tcheckpoint")
+    return bool(path) and args["tarch"].endswith("_aux") and not source_args(path).get("freezed")
+
+
+def label_of(args):
+    """Return the Label of a run; a method learned from a jointly trained teacher is starred."""
+    script, method = Path(str(args.get("script"))).stem, args.get("method")
+    origin = source_args(args["s_path"]) if script == "eval_rep" and args.get("s_path") else args
+    tarch, arch = origin.get("tarch"), args.get("arch")
+    if script.startswith("train_teacher"):
+        method = "frozen" if args.get("freezed") else "joint"
+    elif script.startswith(("train_student", "eval_rep")) and tarch:
+        method = (origin.get("method") or "hsakd") + "*" * is_joint(origin)
+    data = str(args.get("dataset"))
+    if args.get("few_ratio") is not None:
+        data += f" ({float(args['few_ratio']):.0%})"
+    return Label(script, f"{tarch} -> {arch}" if tarch else str(arch), method or "", data)
+
+
+def settings_of(args):
+    """Return what sets a run apart as a dict of strings; a path is cut to file and folder and loses its seed."""
+    kept = {name: value for name, value in args.items() if name not in NOT_SETTINGS and value not in (None, False, "")}
+    return {name: re.sub(r"seed\d+", "seed", "/".join(str(value).split("/")[-2:])) for name, value in kept.items()}
+
+
+def cell(block, row, name, side=None):
+    """Return the published value of an architecture in a row of a block, or None; `side` picks an end of the pairs."""
+    columns = [column if side is None else column.split("->")[side] for column in block["columns"]]
+    return block[row][columns.index(name)] if name in columns and row in block else None
+
+
+def published_student(label, args, table):
+    """Return (value, whether its teacher was trained jointly) for a distilled student, or (None, None)."""
+    method, joint = label.method.rstrip("*"), label.method.endswith("*")
+    pair = f"{plain(args.get('tarch'))}->{plain(args.get('arch'))}"
+    row = {"hsakd": "HSAKD_joint" if joint else "HSAKD", "kd": "KD", "dpcd": "DPCD"}.get(method, method)
+    if args.get("few_ratio") is not None:
+        block = table.get(f"cifar100_few_shot_{pair}", {"ratio": []})
+        ratios = dict(zip(block["ratio"], block.get(row.removesuffix("_joint"), []), strict=False))
+        return ratios.get(float(args["few_ratio"])), method == "hsakd"
+    if args.get("dataset") == "imagenet":
+        return table.get(f"imagenet_{pair}", {}).get(row, [None])[0], row == "HSAKD_joint"
+    return cell(table["dpcd_cifar100" if row == "DPCD" else "cifar100_offline"], row, pair), row == "HSAKD_joint"
+
+
+def published_transfer(args, table):
+    """Return the published accuracy of a linear classifier on frozen CIFAR-100 features, or None."""
+    origin, block = source_args(args.get("s_path") or ""), table["transfer_mobilenetV2_from_vgg13"]
+    name = re.sub("[^a-z0-9]", "", str(args.get("dataset")).lower())
+    column = {"stl10": "STL-10", "tinyimagenet": "TinyImageNet"}.get(name)
+    if plain(args.get("arch")) != "mobilenetV2" or origin.get("dataset") != "cifar100":
+        return None
+    if origin.get("tarch") is None:
+        return cell(block, "student", column)
+    row = {"hsakd": "HSAKD", "kd": "KD"}.get(origin.get("method") or "hsakd", "")
+    return cell(block, row, column) if plain(origin["tarch"]) == "vgg13" else None
+
+
+def published_single(label, args, table):
+    """Return the published accuracy of a teacher, baseline or mutual pair, or None."""
+    arch, imagenet = plain(args.get("arch")), table["imagenet_resnet34->resnet18"]
+    offline, online, dpcd = (table[name] for name in ("cifar100_offline", "cifar100_online", "dpcd_cifar100"))
+    kind = next((kind for kind in ("teacher", "baseline", "online") if kind in label.script), "")
+    row = "teacher_joint" if label.method == "joint" else "teacher"
+    if args.get("dataset") == "imagenet":
+        rows = {
+            ("teacher", "resnet34"): row,
+            ("baseline", "resnet18"): "student",
+            ("online", "resnet18"): "HSSAKD_online_resnet18",
+        }
+        return imagenet.get(rows.get((kind, arch)), [None])[0]
+    if kind == "teacher":
+        return cell(offline, row, arch, 0)
+    if kind == "online":
+        return cell(online, "HSSAKD", arch)
+    found = (cell(offline, "student", arch, 1), cell(online, "baseline", arch), cell(dpcd, "student", arch, 1))
+    return next((value for value in found if value is not None), None)
+
+
+def published(label, args, table):
+    """Return the published top-1 of a row as text, empty where there is none."""
+    note = ""
+    if label.script == "eval_rep":
+        value = published_transfer(args, table)
+    elif args.get("dataset") not in ("cifar100", "imagenet"):
+        value = None
+    elif args.get("tarch"):
+        value, joint = published_student(label, args, table)
+        if joint != label.method.endswith("*"):
+            note = " (joint teacher)" if joint else " (plain teacher)"
+    else:
+        value = published_single(label, args, table)
+    if value is None:
+        return ""
+    return ("{:.2f}±{:.2f}".format(*value) if isinstance(value, list) else f"{value:.2f}") + note
+
+
+def is_number(value):
+    """Tell whether a logged value is a number rather than missing."""
+    return isinstance(value, int | float)
+
+
+def mean_std(values):
+    """Return `mean±std` of the numbers among the values (ddof = 1; no std for a single one), or a dash."""
+    values = [value for value in values if is_number(value)]
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f}" + (f"±{statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def best_top1(run):
+    """Return the test top-1 of the epoch that the run selected, or None."""
+    last = run.epochs[-1]
+    chosen = next((entry for entry in run.epochs if entry["epoch"] == last.get("best/epoch")), {})
+    return chosen.get("test/top1", last.get("best/top1"))
+
+
+def make_row(label, settings, runs, table):
+    """Return the cells of one row: runs that differ in the seed only."""
+    args, started = runs[0].args, [run for run in runs if run.epochs]
+    done = sorted({len(run.epochs) for run in runs})
+    epochs = "-".join(str(count) for count in dict.fromkeys((done[0], done[-1])))
+    seeds = sorted((run.args.get("manual_seed") for run in runs), key=lambda seed: (len(str(seed)), str(seed)))
+    last = mean_std(run.epochs[-1].get("test/top1") for run in started)
+    best = mean_std(map(best_top1, started)) + (" (val)" if args.get("val_split") else "")
+    speeds = [
+        entry["images_per_second"] for run in started for entry in run.epochs if is_number(entry.get("images_per_second"))
+    ]
+    speed = f"{statistics.median(speeds):.0f}" if speeds else "-"
+    return [
+        *label,
+        settings,
+        f"{epochs}/{args.get('epochs')}",
+        " ".join(map(str, seeds)),
+        last,
+        best,
+        speed,
+        published(label, args, table),
+    ]
+
+
+def group(runs):
+    """Return [(label, settings text, runs)], the text with the tag, a trial's limit and what equal labels differ in."""
+    labels = {}
+    for run in runs:
+        settings = settings_of(run.args)
+        labels.setdefault(label_of(run.args), {}).setdefault(tuple(sorted(settings.items())), []).append(run)
+    groups = []
+    for label, variants in sorted(labels.items()):
+        common = set.intersection(*(set(variant) for variant in variants))
+        for variant, members in sorted(variants.items()):
+            shown = [
+                f"{name} {value}"
+                for name, value in variant
+                if name in ("tag", "limit_batches") or (name, value) not in common and name != "epochs"
+            ]
+            groups.append((label, ", ".join(shown), members))
+    return groups
+
+
+def caption(runs):
+    """Return the sentences below the table."""
+    split = [bool(run.args.get("val_split")) for run in runs]
+    lines = ["Top-1 in percent, mean±std (n - 1) over seeds; * = jointly trained teacher."]
+    if not all(split):
+        lines.append("best: epoch selected on the test set, as in the published results.")
+    if any(split):
+        lines.append("best (val): epoch selected on held-out training data.")
+    return " ".join(lines)
+
+
+def align(rows, separator, pad=str.ljust):
+    """Return the lines of a table with columns of equal width."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [separator.join(pad(text, width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def write_markdown(path, rows, note):
+    """Write the table and its caption as Markdown."""
+    cells = [[text.replace("|", "\\|") for text in row] for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    path.write_text("\n".join(f"| {line} |" for line in align(cells, " | ")) + f"\n\n{note}\n", encoding="utf-8")
+
+
+def write_csv(path, rows):
+    """Write the table as comma-separated values."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def plot(path, groups):
+    """Draw test top-1 against the epoch, a labelled line a run; ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for label, settings, runs in groups:
+        for run in runs:
+            points = [(entry["epoch"], entry["test/top1"]) for entry in run.epochs if is_number(entry.get("test/top1"))]
+            name = " ".join(filter(None, (*label, settings, f"seed {run.args.get('manual_seed')}")))
+            axes.plot(*([point[i] for point in points] for i in (0, 1)), marker=".", markersize=4, label=name)
+    axes.set(xlabel="epoch", ylabel="test top-1 (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def parse_args():
+    """Return the command line arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", type=Path, help="instead of --checkpoint-dir")
+    parser.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoint"))
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as comma-separated values")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the learning curves (needs matplotlib)")
+    return parser.parse_args()
+
+
+def stop(message):
+    """End with one line on stderr and exit status 2."""
+    print(f"report: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main():
+    """Print the table and write the files asked for; exit status 2 after one line on stderr if that is not possible."""
+    args = parse_args()
+    folders = args.folders or [args.checkpoint_dir]
+    try:
+        runs = find_runs(folders)
+        if not runs:
+            raise ValueError(f"no runs below {', '.join(map(str, folders))}")
+        table = json.loads((Path(__file__).resolve().parent / "results" / "published_results.json").read_text())
+        groups, note = group(runs), caption(runs)
+        rows = [COLUMNS, *(make_row(*entry, table) for entry in groups)]
+        print("\n".join([*align(rows, "  "), "", note]))
+        if args.markdown:
+            write_markdown(args.markdown, rows, note)
+        if args.csv:
+            write_csv(args.csv, rows)
+        if args.plot:
+            plot(args.plot, groups)
+    except ImportError:
+        stop("--plot needs matplotlib: pip install matplotlib")
+    except (OSError, ValueError) as error:
+        stop(error)
+
+
+if __name__ == "__main__":
+    main()

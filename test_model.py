@@ -1,0 +1,102 @@
+"""Test published or own weights: accuracy of the backbone and of every auxiliary classifier, size, cost, speed.
+
+    python test_model.py --arch wrn_16_2_aux --student-weights ./checkpoint/.../wrn_16_2_aux_best.pth.tar
+
+Reads every layout that `utils.load_weights` knows. Rotations and number of classes are read off the weights.
+"""
+
+import json
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import batches
+import distributed
+import models
+import options
+import utils
+from metrics import evaluate
+from precision import resolve_precision
+
+METHODS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (heads over class and rotation)"}
+
+
+def parse_args(argv=None):
+    """Parse the command line."""
+    parser = options.base_parser(__file__, __doc__, arch="wrn_16_2_aux")
+    parser.set_defaults(amp="off")
+    parser.add_argument("--student-weights", required=True, help="weights to test")
+    parser.add_argument("--net", type=int, choices=[1, 2], default=1, help="network of a mutual pair's weights")
+    parser.add_argument("--export-backbone", metavar="FILE", help="write the backbone out as a plain checkpoint")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = options.finish(parser, argv)
+    if models.is_pair(args.arch):
+        args.arch = models.member_name(args.arch)
+    return args
+
+
+def multiply_adds(network, size):
+    """Return the multiply-adds of one forward pass of an image of `size` pixels a side."""
+    image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    return counter.get_total_flops() // 2
+
+
+def cost(network, size):
+    """Return name -> parameters and multiply-adds, of the backbone and with the auxiliary classifiers."""
+    parts = {"backbone": getattr(network, "backbone", network), "with_heads": network}
+    return {
+        name: {"parameters": sum(p.numel() for p in part.parameters()), "multiply_adds": multiply_adds(part, size)}
+        for name, part in parts.items()
+    }
+
+
+def export_backbone(network, result, path):
+    """Write the backbone's weights in the layout of a checkpoint."""
+    backbone = getattr(network, "backbone", network)
+    about = {"arch": models.backbone_name(result["arch"]), "num_classes": result["num_classes"], "acc": result["top1"]}
+    utils.save_checkpoint({"net": utils.to_cpu(backbone.state_dict()), "epoch": result["epoch"], **about}, path)
+
+
+def main(args, world):
+    """Test the weights and print the results."""
+    num_classes, rotations = utils.weights_layout(args.student_weights)
+    network = models.create(args.arch, num_classes, rotations or 4)
+    content = utils.load_weights(network, args.student_weights, args.net)
+    network = network.to(world.device, memory_format=torch.channels_last).eval()
+    images = batches.load_test(args, world)
+    if images.num_classes != num_classes:
+        raise utils.UserError(f"{args.student_weights}: {num_classes} classes, but {args.dataset} has {images.num_classes}")
+    precision = resolve_precision(args.amp, world.device)
+    began = time.perf_counter()
+    evaluate(network, images, world.device, precision)
+    seconds = time.perf_counter() - began
+    result = {
+        "arch": args.arch,
+        "dataset": args.dataset,
+        "num_classes": num_classes,
+        "method": content.get("method") or METHODS[rotations if models.is_aux(args.arch) else None],
+        "epoch": content.get("epoch"),
+        "images": len(images),
+        **evaluate(network, images, world.device, precision, heads=True),
+        **cost(network, images.size),
+        "images_per_second": len(images) / seconds,
+    }
+    if args.export_backbone:
+        export_backbone(network, result, args.export_backbone)
+    print(json.dumps(result) if args.json else "\n".join(lines(result)))
+
+
+def lines(result):
+    """Return the result as lines for a reader."""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            yield f"{name}: {value['parameters'] / 1e6:.2f} M parameters, {value['multiply_adds'] / 1e6:.2f} M multiply-adds"
+        else:
+            yield f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}"
+
+
+if __name__ == "__main__":
+    distributed.run(parse_args, main)

@@ -1,0 +1,39 @@
+"""Train a network alone, with cross-entropy: the baseline that a distilled student is measured against.
+
+    python train_baseline_cifar.py --arch wrn_16_2 --manual_seed 0
+
+Recipe: 240 epochs, batch 64, lr 0.05 (0.01 for MobileNetV2 and the ShuffleNets), x0.1 at 150/180/210.
+Published on CIFAR-100: WRN-16-2 73.57, ResNet-20 69.62, ResNet8x4 72.95 (mean of three runs, best test epoch).
+"""
+
+import batches
+import distributed
+import engine
+import models
+import options
+import utils
+from losses import CrossEntropyLoss
+
+
+def parse_args(argv=None):
+    """Parse the command line."""
+    parser = options.training_parser(__file__, __doc__, arch="wrn_16_2")
+    options.add_few_ratio(parser)
+    args = options.finish(parser, argv)
+    if models.is_pair(args.arch):
+        parser.error(f"--arch {args.arch} is a mutual pair: train it with train_online_kd_cifar.py")
+    # Auxiliary classifiers have no part in this loss, so their names stand for the backbone.
+    args.arch = models.backbone_name(args.arch)
+    return args
+
+
+def main(args, world):
+    """Train the baseline."""
+    utils.seed_all(args.manual_seed)
+    data = batches.load(args, world)
+    model = models.create(args.arch, data.num_classes)
+    engine.fit(args, world, model, CrossEntropyLoss(), data)
+
+
+if __name__ == "__main__":
+    distributed.run(parse_args, main)
