@@ -141,6 +141,11 @@ def add_distributed(parser):
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes")
 
 
+def add_temperature(parser):
+    """Add the temperature of the KL terms."""
+    parser.add_argument("--kd_T", type=above_zero, default=3.0, help="temperature of the KL terms")
+
+
 def add_few_ratio(parser, default=None):
     """Add the share of the training set to train on."""
     parser.add_argument("--few-ratio", type=share, default=default, help="stratified share of the training images")
@@ -191,3 +196,10 @@ def require_aux(parser, args, *names):
         if not models.is_aux(value):
             near = f"{value}_aux" if f"{value}_aux" in models.names() else "wrn_16_2_aux"
             parser.error(f"--{name} {value} has no auxiliary classifiers: use one such as {near}")
+
+
+def require_pair(parser, args):
+    """Exit with one line unless `--arch` is a mutual pair."""
+    if not models.is_pair(args.arch):
+        half = models.backbone_name(args.arch)
+        parser.error(f"--arch {args.arch} is one network, not a mutual pair: name it twice, {half}_{half}")

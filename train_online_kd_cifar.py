@@ -1,0 +1,36 @@
+"""Train two networks that teach each other, without a teacher: online mutual distillation (HSSAKD).
+
+    python train_online_kd_cifar.py --arch WRN_40_2_WRN_40_2 --manual_seed 0
+
+Recipe: 240 epochs, batch 64 (times 4 views), lr 0.05 (0.01 for MobileNetV2 and the ShuffleNets), x0.1 at 150/180/210.
+Published on CIFAR-100: WRN-40-2 82.58, ResNet-56 78.16, ResNet-32x4 84.91, VGG-13 80.44, MobileNetV2 78.85.
+"""
+
+import batches
+import distributed
+import engine
+import models
+import options
+import utils
+from losses import MutualLoss
+
+
+def parse_args(argv=None):
+    """Parse the command line."""
+    parser = options.training_parser(__file__, __doc__, arch="WRN_40_2_WRN_40_2")
+    options.add_temperature(parser)
+    args = options.finish(parser, argv)
+    options.require_pair(parser, args)
+    return args
+
+
+def main(args, world):
+    """Train the pair."""
+    utils.seed_all(args.manual_seed)
+    data = batches.load(args, world)
+    pair = models.create(args.arch, data.num_classes)
+    engine.fit(args, world, pair, MutualLoss(args.kd_T), data)
+
+
+if __name__ == "__main__":
+    distributed.run(parse_args, main)

@@ -1,0 +1,25 @@
+"""Distil a trained teacher into a student on a stratified share of the training set.
+
+    python train_student_few_shot.py --tarch resnet56_aux --arch resnet20_aux --few-ratio 0.25 --manual_seed 0 \
+        --tcheckpoint ./checkpoint/train_teacher_cifar_arch_resnet56_aux_dataset_cifar100_seed0/resnet56_aux.pth.tar
+
+The student's recipe of train_student_cifar.py; the share is scikit-learn's StratifiedShuffleSplit with random_state 0.
+Published on CIFAR-100, ResNet-56 -> ResNet-20: 68.50 at 25 %, 72.18 at 50 %, 73.26 at 75 %, 73.73 at 100 %.
+"""
+
+import distributed
+import methods
+import options
+from train_student_cifar import main
+
+
+def parse_args(argv=None):
+    """Parse the command line."""
+    parser = options.training_parser(__file__, __doc__, arch="resnet20_aux")
+    methods.add_arguments(parser, tarch="resnet56_aux")
+    options.add_few_ratio(parser, default=1.0)
+    return methods.finish(parser, argv)
+
+
+if __name__ == "__main__":
+    distributed.run(parse_args, main)
