@@ -1,5 +1,6 @@
-"""Batches of images that live on the training device: order, augmentation and normalisation as tensor operations."""
+"""Batches of images that live on the training device: order and normalisation as tensor operations."""
 
+import importlib
 import math
 from typing import NamedTuple
 
@@ -7,7 +8,12 @@ import numpy as np
 import torch
 
 import datasets
+import distributed
+from augment import CropFlip, resized
 from utils import UserError
+
+# Data sets too large for memory, and the module that reads their batches from files.
+READERS = {"imagenet": "imagefiles"}
 
 
 def epoch_generator(seed, epoch):
@@ -27,28 +33,12 @@ def share_of_batch(step, batch_size, count, rank, world_size):
     return (torch.arange(each) + first + rank * each) % count
 
 
-class CropFlip:
-    """Zero-padded random crop and horizontal flip: torchvision's RandomCrop(size, padding) + RandomHorizontalFlip."""
-
-    def __init__(self, size, padding=4, flip=True):
-        self.size, self.padding, self.flip = size, padding, flip
-
-    def draw(self, count, generator):
-        """Return (count, 3) int64: top and left of the crop in the padded image, and whether to flip."""
-        offsets = torch.randint(0, 2 * self.padding + 1, (count, 2), generator=generator)
-        flips = torch.randint(0, 2, (count, 1), generator=generator) if self.flip else torch.zeros(count, 1).long()
-        return torch.cat([offsets, flips], dim=1)
-
-    def apply(self, images, draws):
-        """Crop and flip `images` (B, 3, S, S) uint8, each by its row of `draws`."""
-        b, c, h, w = images.shape
-        padded = torch.nn.functional.pad(images, [self.padding] * 4)
-        top, left, flip = draws.unsqueeze(-1).unbind(1)
-        steps = torch.arange(self.size, device=images.device)
-        rows = top + steps
-        columns = left + torch.where(flip == 1, self.size - 1 - steps, steps)
-        flat = (rows.unsqueeze(2) * (w + 2 * self.padding) + columns.unsqueeze(1)).view(b, 1, -1)
-        return padded.flatten(2).gather(2, flat.expand(-1, c, -1)).view(b, c, self.size, self.size)
+def steps_of_epoch(count, batch_size, world, limit=None):
+    """Return the steps of an epoch of `count` images; UserError where the batch does not divide among the processes."""
+    if batch_size % world.size:
+        raise UserError(f"--batch-size {batch_size} does not divide among {world.size} processes")
+    steps = math.ceil(count / batch_size)
+    return min(steps, limit or steps)
 
 
 class Normaliser:
@@ -70,14 +60,11 @@ class DeviceBatches:
     """
 
     def __init__(self, image_set, batch_size, augment, world, seed, limit=None):
-        if batch_size % world.size:
-            raise UserError(f"--batch-size {batch_size} does not divide among {world.size} processes")
+        self.steps = steps_of_epoch(len(image_set), batch_size, world, limit)
         self.images = image_set.images().to(world.device)
         self.labels = image_set.labels.to(world.device)
         self.normalise = Normaliser(image_set.statistics, world.device)
         self.batch_size, self.augment, self.world, self.seed = batch_size, augment, world, seed
-        steps = math.ceil(len(image_set) / batch_size)
-        self.steps = min(steps, limit or steps)
 
     def __len__(self):
         return self.steps
@@ -86,13 +73,17 @@ class DeviceBatches:
         """Yield (images (B, 3, S, S) float32, labels (B,)) of this rank from step `start` of `epoch` on."""
         count, device = len(self.labels), self.world.device
         generator = epoch_generator(self.seed, epoch)
-        order = torch.randperm(count, generator=generator).to(device)
-        draws = self.augment.draw(count, generator).to(device)
-        for step in range(start, self.steps):
-            at = share_of_batch(step, self.batch_size, count, self.world.rank, self.world.size)
-            at = at.to(device, non_blocking=True)
-            chosen = order[at]
-            images = self.augment.apply(self.images[chosen], draws[at])
+        order = torch.randperm(count, generator=generator)
+        draws = self.augment.draw(count, generator)
+        world = self.world
+        shares = [share_of_batch(step, self.batch_size, count, world.rank, world.size) for step in range(start, self.steps)]
+        if not shares:
+            return
+        # All steps' indices go to the device at once: a copy in each step would make the host wait.
+        at, lengths = torch.cat(shares), [len(share) for share in shares]
+        parts = (rows[at].to(device).split(lengths) for rows in (order, draws))
+        for chosen, drawn in zip(*parts, strict=True):
+            images = self.augment.apply(self.images[chosen], drawn)
             yield self.normalise(images), self.labels[chosen]
 
 
@@ -111,6 +102,7 @@ class TestBatches:
         self.labels = share.labels.to(world.device)
         self.normalise = Normaliser(image_set.statistics, world.device)
         self.batch_size = batch_size
+        self.total = distributed.total(len(self.labels), world)
 
     def __len__(self):
         return len(self.labels)
@@ -130,10 +122,30 @@ class Data(NamedTuple):
     size: int
 
 
-def load(args, world):
-    """Read the data set of `args`, once, into batches on the device: a Data."""
+def crop_flip(image_set):
+    """Return the augmentation of the CIFAR recipe for a set of training images."""
+    return CropFlip(image_set.size, flip=image_set.flip)
+
+
+def load(args, world, augmentation=crop_flip, test_size=None):
+    """Read the data set of `args`, once, into batches on the device: a Data.
+
+    `augmentation` makes the training images' augmentation from their ImageSet; test images are resized to `test_size`
+    pixels a side where it is given.
+    """
+    if args.dataset in READERS:
+        return importlib.import_module(READERS[args.dataset]).load(args, world)
     train_set = datasets.load(args.dataset, args.data, True, args.num_workers)
-    test = load_test(args, world)
+    test = load_test(args, world, test_size)
+    train_set, held_out = split(train_set, args, world)
+    augment = augmentation(train_set)
+    train = DeviceBatches(train_set, args.batch_size, augment, world, args.manual_seed, args.limit_batches)
+    val = test_batches(held_out, args, world, test_size) if held_out else None
+    return Data(train, val, test, len(train_set.classes), test_size or train_set.size)
+
+
+def split(train_set, args, world):
+    """Return (training images, held-out images or None) of `--val-split` and `--few-ratio`."""
     held_out = None
     if args.val_split:
         kept = datasets.stratified_share(train_set.labels, 1 - args.val_split)
@@ -144,17 +156,18 @@ def load(args, world):
         if world.is_main:
             counts = zip(train_set.classes, train_set.labels.bincount(minlength=len(train_set.classes)).tolist(), strict=True)
             print("training images: " + ", ".join(f"{name} {count}" for name, count in counts))
-    augment = CropFlip(train_set.size, flip=train_set.flip)
-    train = DeviceBatches(train_set, args.batch_size, augment, world, args.manual_seed, args.limit_batches)
-    val = test_batches(held_out, args, world) if held_out else None
-    return Data(train, val, test, len(train_set.classes), train_set.size)
+    return train_set, held_out
 
 
-def load_test(args, world):
+def load_test(args, world, size=None):
     """Read the test images of the data set of `args` into batches on the device."""
-    return test_batches(datasets.load(args.dataset, args.data, False, args.num_workers), args, world)
+    if args.dataset in READERS:
+        return importlib.import_module(READERS[args.dataset]).load_test(args, world)
+    return test_batches(datasets.load(args.dataset, args.data, False, args.num_workers), args, world, size)
 
 
-def test_batches(image_set, args, world):
-    """Return batches of a forward pass without gradient over `image_set`."""
+def test_batches(image_set, args, world, size=None):
+    """Return batches of a forward pass without gradient over `image_set`, resized to `size` pixels where it is given."""
+    if size:
+        image_set = resized(image_set, size)
     return TestBatches(image_set, max(args.batch_size, 256), world, args.limit_batches)

@@ -1,7 +1,10 @@
 """One process or many, by PyTorch's own launcher: the world of a run, its collectives and its entry point."""
 
+import logging
 import os
+import signal
 import sys
+import time
 from typing import NamedTuple
 from urllib.parse import urlparse
 
@@ -9,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from utils import UserError
+
+GRACE = 5  # seconds a process leaves the launcher to end it, before it tells what another has told already
 
 
 class World(NamedTuple):
@@ -45,13 +50,27 @@ def setup(args):
     device = pick_device(args.gpu_id, int(os.environ.get("LOCAL_RANK", 0)))
     rank = int(os.environ.get("RANK", 0))
     world = World(rank, size, device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if world.is_main and device.type == "cpu":
         print("no GPU found: running on the CPU", file=sys.stderr, flush=True)
     elif world.is_main and gpu_count(args.gpu_id) > size:
         raise UserError(f"--gpu-id {args.gpu_id} names several GPUs for one process: add --multiprocessing-distributed")
+    if device.type == "cpu" and size > 1 and getattr(args, "sync_bn", False):
+        raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
+    if "RANK" in os.environ and not dist.is_initialized():
+        chosen = backend(getattr(args, "dist_backend", None), world)
+        dist.init_process_group(chosen, device_id=device if chosen == "nccl" else None)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and "resume" in args:
+        args.resume = True  # torchrun started the processes again after one of them failed
     return world
+
+
+def backend(asked, world):
+    """Return the collectives' backend: the one asked for where the device can have it, else what suits the device."""
+    if world.device.type == "cuda":
+        return asked or "nccl"
+    if asked == "nccl" and world.is_main:
+        print("--dist-backend nccl needs GPUs: using gloo", file=sys.stderr, flush=True)
+    return "gloo"
 
 
 def gpu_count(gpu_id):
@@ -60,7 +79,12 @@ def gpu_count(gpu_id):
 
 
 def relaunch(args, argv):
-    """Start this script again under torchrun with one process per id of --gpu-id, as the published flags ask."""
+    """Start this script again under torchrun with one process per id of --gpu-id, as the published flags ask.
+
+    Returns the exit status: that of the processes' mistake or preemption (2, 143) where one of them has it.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     address = urlparse(args.dist_url)
@@ -69,16 +93,30 @@ def relaunch(args, argv):
     processes = gpu_count(args.gpu_id)
     if not args.gpu_id and torch.cuda.is_available():
         processes = torch.cuda.device_count()
-    torchrun(
-        [
-            f"--nnodes={args.world_size}",
-            f"--node-rank={args.rank}",
-            f"--nproc-per-node={processes}",
-            f"--master-addr={address.hostname}",
-            f"--master-port={address.port}",
-            *argv,
-        ]
-    )
+    logging.disable(logging.ERROR)  # torchrun's, of this parent alone: the processes tell what went wrong
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // processes, 1)))
+    # torchrun hands SIGTERM on to its processes, but not in every version SIGUSR1.
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    launch = {
+        "nnodes": args.world_size,
+        "node-rank": args.rank,
+        "nproc-per-node": processes,
+        "master-addr": address.hostname,
+        "master-port": address.port,
+    }
+    try:
+        torchrun([*(f"--{name}={value}" for name, value in launch.items()), *argv])
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        ended = {failure.exitcode: rank for rank, failure in error.failures.items()}
+        for status in (2, 143):
+            if status in ended:
+                return status
+        told = ", ".join(f"process {rank} ended with status {status}" for status, rank in ended.items())
+        print(f"{os.path.basename(argv[0])}: error: {told}", file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
 def run(parse_args, main):
@@ -86,15 +124,46 @@ def run(parse_args, main):
     try:
         args = parse_args()
         if getattr(args, "multiprocessing_distributed", False) and "RANK" not in os.environ:
-            relaunch(args, sys.argv)
-            return
+            sys.exit(relaunch(args, sys.argv))
         world = setup(args)
         main(args, world)
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        fail(error, 2)
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        fail("another process of this run has ended", 1, wait=True)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_peer(error):
+    """Return whether a collective failed because another process is gone."""
+    return dist.is_initialized() and any(
+        word in str(error) for word in ("Connection closed", "Connection reset", "Broken pipe")
+    )
+
+
+def fail(text, status, wait=False):
+    """Print one line and end with `status`.
+
+    Most mistakes are seen by all processes: the first tells it, the others wait for the launcher to end them.
+    """
+    if wait or int(os.environ.get("RANK", 0)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE)
+    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)  # an orderly end would wait for the other processes
+    sys.exit(status)
+
+
+def share_buffers(model):
+    """Give every rank the first one's buffers (BatchNorm statistics), which is what a checkpoint holds."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def sum_over_ranks(tensor):
@@ -103,6 +172,11 @@ def sum_over_ranks(tensor):
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+def total(count, world):
+    """Return the sum over all processes of a number."""
+    return int(sum_over_ranks(torch.tensor(count, device=world.device)))
 
 
 def gather_objects(value):

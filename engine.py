@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-import signal
+import math
+import resource
 import sys
 import time
 
@@ -11,39 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distributed
+import fast
 import models
 import utils
-from losses import unwrap
 from metrics import Totals, evaluate, training_sums
+from objective import unwrap
 from precision import resolve_precision
+from preemption import Preempted, StopSignal
 
 HEADS_EVERY = 10  # epochs between tests of all auxiliary heads; the backbone is tested every epoch
-POLL_EVERY = 10  # steps between agreements of several processes on whether to stop
-
-
-class Preempted(Exception):
-    """The run was asked to stop and has saved itself."""
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGUSR1, so that the training loop can save before it ends."""
-
-    def __init__(self):
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.note)
-
-    def note(self, *_):
-        """Signal handler: remember that a stop was asked for."""
-        self.received = True
-
-    def agreed(self, world, step):
-        """Return whether the run stops after `step`: at once in one process, at a step all agree on in several."""
-        if world.size == 1:
-            return self.received
-        if step % POLL_EVERY:
-            return False
-        return bool(distributed.sum_over_ranks(torch.tensor(float(self.received), device=world.device)).item())
 
 
 class Run:
@@ -57,7 +34,9 @@ class Run:
         self.epoch, self.step_in_epoch = 0, 0
         self.totals = Totals(world.device)
         self.best, self.last_accuracy = {"acc": -1.0, "epoch": 0, "net": None}, None
-        self.precision = resolve_precision(args.amp, world.device)
+        # A probe may choose it: what the first rank finds holds for all.
+        self.precision = distributed.gather_objects(resolve_precision(args.amp, world.device))[0]
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
 
     def prepare(self):
         """Wrap the model for several processes and build what trains it, once the starting weights are in place."""
@@ -73,11 +52,16 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.wrapped = self.model
-        if args.sync_bn:
+        if args.sync_bn and self.world.size > 1:
             self.wrapped = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if self.world.size > 1:
             self.wrapped = DistributedDataParallel(self.wrapped, [device.index] if device.type == "cuda" else None)
-        self.forward = torch.compile(self.forward_eager) if args.compile else self.forward_eager
+        if isinstance(self.objective.teacher, torch.nn.Module):
+            self.objective.teacher = fast.inference_copy(self.objective.teacher, self.data.size, self.precision)
+        self.forward = self.forward_eager
+        if args.compile:
+            usual = math.ceil(args.batch_size / self.world.size / args.accumulate)
+            self.forward = fast.CompiledStep(self.forward_eager, usual, device, self.objective.state.values())
 
     def forward_eager(self, images, labels, epoch):
         """Return the loss of a batch and its training sums (name -> scalar)."""
@@ -89,6 +73,7 @@ class Run:
         """Take one optimizer step on a batch, computed in `--accumulate` parts."""
         parts = min(self.args.accumulate, len(images))
         chunks = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+        torch.compiler.cudagraph_mark_step_begin()  # before it, the last step's CUDA graph outputs are not overwritten
         for number, (x, y) in enumerate(chunks, 1):
             waiting = self.world.size > 1 and number < len(chunks)
             with self.wrapped.no_sync() if waiting else contextlib.nullcontext():
@@ -118,7 +103,7 @@ class Run:
             bar.update()
             if not bar.disable and self.step_in_epoch % 20 == 0:
                 self.show_progress(bar)
-            if stop.agreed(self.world, self.step_in_epoch):
+            if stop.agreed(self.world, self.step_in_epoch, len(batches)):
                 self.save()
                 raise Preempted
         bar.close()
@@ -133,15 +118,19 @@ class Run:
     def test(self, epoch):
         """Return the flat record of `epoch`'s tests, and note whether it is the best so far."""
         heads = (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.args.epochs
+        distributed.share_buffers(self.model)
         record = {}
         for name, batches in (("val", self.data.val), ("test", self.data.test)):
             if batches is not None:
                 means = evaluate(self.model, batches, self.world.device, self.precision, heads)
                 record.update({f"{name}/{key}": value for key, value in means.items()})
         chosen_on = "test" if self.data.val is None else "val"
-        if record[f"{chosen_on}/top1"] > self.best["acc"]:
+        # The later of two equal epochs: on a frozen backbone all are, and its classifiers learn on.
+        if record[f"{chosen_on}/top1"] >= self.best["acc"]:
             self.best = {"acc": record[f"{chosen_on}/top1"], "epoch": epoch + 1, "net": record.get(f"{chosen_on}/net")}
         record.update({"best/top1": self.best["acc"], "best/epoch": self.best["epoch"]})
+        if self.best["net"] is not None:
+            record["best/net"] = self.best["net"]
         return record
 
     def state(self):
@@ -228,8 +217,15 @@ def fit(args, world, model, objective, data):
     run = Run(args, world, model, objective, data)
     if args.evaluate:
         return report_best(run)
-    start(run)
+    with contextlib.closing(run.folder):
+        return train(run)
+
+
+def train(run):
+    """Train from the run's starting point to its last epoch; return the best record."""
+    args, world, data = run.args, run.world, run.data
     stop = StopSignal()
+    start(run)
     log = utils.RunLog(run.folder, run.epoch) if world.is_main else None
     say(run, f"{run.folder.path}: lr {args.init_lr}, {run.precision or 'float32'}, {len(data.train)} steps an epoch")
     try:
@@ -260,9 +256,15 @@ def one_epoch(run, epoch, stop):
     record = {"epoch": epoch + 1, "lr": run.optimizer.param_groups[0]["lr"], **trained, **run.test(epoch)}
     run.last_accuracy = record["test/top1"]
     record.update({"images_per_second": images / seconds, "seconds": time.perf_counter() - began})
-    if run.world.device.type == "cuda":
-        record["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    record["peak_memory_mb"] = peak_memory(run.world.device)
     return record
+
+
+def peak_memory(device):
+    """Return the most memory, in MiB, that this process has taken: on its GPU, or of the machine where it has none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def summary(record, epochs):
@@ -271,7 +273,8 @@ def summary(record, epochs):
     accuracies = ", ".join(f"{k} {v:.2f}" for k, v in record.items() if k.endswith("top1"))
     return (
         f"epoch {record['epoch']}/{epochs}: loss {record['train/loss']:.4f}, {accuracies}, "
-        f"{record['images_per_second']:.0f} images/s, {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
+        f"{record['images_per_second']:.0f} images/s, {record['peak_memory_mb']:.0f} MiB, "
+        f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
     )
 
 

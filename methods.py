@@ -46,7 +46,7 @@ def add_arguments(parser, tarch="wrn_40_2_aux"):
     add("--loss-warmup", type=natural, help="dkd, dpcd: epochs over which the teacher's term fades in (20)")
     add("--beta-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of beta (by family)")
     add("--alpha-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of alpha (0.5 2)")
-    add("--ema", type=number, help="dpcd: share of the old value in the moving confidence (0.9)")
+    add("--ema", type=options.held_out_share, help="dpcd: share of the old value in the moving confidence (0.9)")
     add("--history", type=options.positive, help="dpcd: confidences kept for the threshold (2000)")
     add("--threshold", type=number, help="dpcd: threshold until the history is full (0.6)")
     add("--quantile", type=options.share, help="dpcd: quantile of the history that is the threshold (0.65)")

@@ -4,7 +4,8 @@ import torch
 from torch.nn import functional as F
 
 from distributed import sum_over_ranks
-from losses import joint_labels, rotate, unwrap
+from losses import joint_labels, rotate
+from objective import unwrap
 
 
 class Totals:

@@ -44,6 +44,14 @@ def not_negative(kind):
     return parse
 
 
+def seed(text):
+    """Parse a seed that every generator takes."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text}")
+    return value
+
+
 def above_zero(text):
     """Parse a finite number above 0."""
     value = float(text)
@@ -88,7 +96,7 @@ def dataset(name):
 
 def gpu_ids(text):
     """Check a comma-separated list of GPU numbers."""
-    if not all(part.isdigit() for part in text.split(",")):
+    if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"expected GPU numbers such as 0 or 0,1, got {text!r}")
     return text
 
@@ -105,6 +113,8 @@ def base_parser(script, description, arch, dataset_name="cifar100"):
     add("--num-workers", type=not_negative(int), default=4, help="threads or processes that decode image files")
     add("--gpu-id", type=gpu_ids, help="GPU to use, or several: 0,1,2,3")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="precision of the networks' arithmetic")
+    add("--decode", choices=["cpu", "device"], default="cpu", help="imagenet: where JPEG files are decoded")
+    add("--skip-bad-images", action="store_true", help="imagenet: go on without unreadable images, and name them")
     add("--limit-batches", type=positive, help="stop every pass after this many batches (quick trials)")
     return parser
 
@@ -114,7 +124,7 @@ def training_parser(script, description, arch, dataset_name="cifar100", epochs=2
     parser = base_parser(script, description, arch, dataset_name)
     add = parser.add_argument
     add("--epochs", type=positive, default=epochs)
-    add("--manual_seed", type=not_negative(int), default=0, help="seed of weights, data order and augmentation")
+    add("--manual_seed", type=seed, default=0, help="seed of weights, data order and augmentation")
     add("--init-lr", type=above_zero, help="initial learning rate; default by the recipe of the architecture")
     add("--weight-decay", type=not_negative(float), default=5e-4)
     add("--milestones", type=positive, nargs="+", default=list(milestones), help="epochs at which the rate is x0.1")
@@ -152,9 +162,17 @@ def add_few_ratio(parser, default=None):
 
 
 def add_freezing(parser):
-    """Add the flags of a teacher script: train the auxiliary classifiers alone, on a backbone that stays as it is."""
+    """Add the flags of a teacher script: its heads, and whether they alone train, on a backbone that stays as it is."""
     parser.add_argument("--pretrained-backbone", help="weights of the backbone to start from")
+    parser.add_argument("--rotations", type=int, choices=[1, 4], default=4, help="views a head tells apart (DPCD: 1)")
     parser.add_argument("--freezed", action="store_true", help="keep the backbone frozen and in eval mode")
+
+
+def imagenet_parser(script, description, arch):
+    """Return the parser of an ImageNet training script: `training_parser` with that recipe's defaults."""
+    parser = training_parser(script, description, arch, "imagenet", epochs=100, milestones=(30, 60, 90))
+    parser.set_defaults(data="./data/ImageNet", batch_size=256, weight_decay=1e-4)
+    return parser
 
 
 def frozen_recipe(parser, argv):
@@ -164,11 +182,9 @@ def frozen_recipe(parser, argv):
 
 
 def check_freezing(parser, args):
-    """Exit with one line where --freezed has no weights to freeze; such a run's folder carries the tag `freezed`."""
+    """Exit with one line where --freezed has no weights to freeze."""
     if args.freezed and not args.pretrained_backbone:
         parser.error("--freezed needs --pretrained-backbone: an untrained backbone would stay untrained")
-    if args.freezed and not args.tag:
-        args.tag = "freezed"
 
 
 def finish(parser, argv=None):
@@ -176,6 +192,8 @@ def finish(parser, argv=None):
     args = parser.parse_args(argv)
     if "init_lr" in args and args.init_lr is None:
         args.init_lr = default_learning_rate(args)
+    if args.dataset != "imagenet" and (args.decode != "cpu" or args.skip_bad_images):
+        parser.error(f"--decode and --skip-bad-images have no part in --dataset {args.dataset}: it is decoded once")
     milestones = getattr(args, "milestones", [])
     if sorted(set(milestones)) != milestones:
         parser.error(f"--milestones must rise, got {' '.join(map(str, milestones))}")

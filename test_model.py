@@ -79,11 +79,13 @@ def main(args, world):
         "num_classes": num_classes,
         "method": content.get("method") or METHODS[rotations if models.is_aux(args.arch) else None],
         "epoch": content.get("epoch"),
-        "images": len(images),
+        "images": images.total,
         **evaluate(network, images, world.device, precision, heads=True),
         **cost(network, images.size),
-        "images_per_second": len(images) / seconds,
+        "images_per_second": images.total / seconds,
     }
+    if not world.is_main:
+        return
     if args.export_backbone:
         export_backbone(network, result, args.export_backbone)
     print(json.dumps(result) if args.json else "\n".join(lines(result)))

@@ -20,11 +20,12 @@ def parse_args(argv=None):
     """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, arch="wrn_40_2_aux")
     options.add_freezing(parser)
-    parser.add_argument("--rotations", type=int, choices=[1, 4], default=4, help="views a head tells apart (DPCD: 1)")
     options.frozen_recipe(parser, argv)
     args = options.finish(parser, argv)
     options.require_aux(parser, args, "arch")
     options.check_freezing(parser, args)
+    if args.freezed and not args.tag:
+        args.tag = "freezed"  # the joint teacher's folder is the one that the published commands name
     return args
 
 

@@ -8,6 +8,7 @@ import pickle
 import platform
 import random
 import re
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,6 +51,11 @@ def learning_rate(args, epoch, progress=0.0):
     return args.init_lr * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
 
 
+def first_line(error):
+    """Return the first line of an error's message, shortened; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
 # ---- weights
 
 
@@ -58,13 +64,13 @@ def read_checkpoint(path):
     if not path or not os.path.isfile(path):
         raise UserError(f"no such file: {path}")
     try:
-        with torch.serialization.safe_globals(SAFE_TYPES):
+        with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{path}: not a checkpoint that loads safely ({reason})") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: corrupt or not a checkpoint ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{path}: not a checkpoint that loads safely ({first_line(error)})") from None
+    except Exception as error:  # damaged files make the unpickler fail in a dozen ways
+        raise UserError(f"{path}: corrupt or not a checkpoint ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -76,7 +82,8 @@ def state_dict_of(content, path):
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in content.items() if torch.is_tensor(v)}
+    named = {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in named.items()}
     if not state:
         raise UserError(f"{path}: holds no weights")
     return state
@@ -125,6 +132,8 @@ def weights_layout(path):
     joint = [width for key, width in widths.items() if "auxiliary_classifier" in key]
     if not classes:
         raise UserError(f"{path}: holds no classifier of an architecture known here")
+    if joint and joint[0] not in (classes[0], 4 * classes[0]):
+        raise UserError(f"{path}: its heads have {joint[0]} outputs for {classes[0]} classes, neither 1 nor 4 rotations")
     return classes[0], joint[0] // classes[0] if joint else None
 
 
@@ -132,13 +141,16 @@ def weights_layout(path):
 
 
 def save_checkpoint(content, path):
-    """Write `content` to `path` so that a crash at any moment leaves the old file or the new one."""
+    """Write `content` to `path` so that a crash at any moment leaves the old file or the new one; UserError if it cannot."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+        raise UserError(f"cannot write {path}: {first_line(error)}") from None
 
 
 def to_cpu(value):
@@ -206,6 +218,11 @@ class RunFolder:
         temporary = self.path / "args.json.tmp"
         temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
         os.replace(temporary, arguments)
+
+    def close(self):
+        """Let go of the folder, so that this process too can open it again."""
+        if self.lock:
+            self.lock.close()
 
     def changed_settings(self, arguments):
         """Return 'name old -> new' for each setting that shapes the result and differs from the folder's."""

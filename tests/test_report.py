@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import published
 import report
 
 FROZEN = "checkpoint/train_teacher_cifar_arch_a_dataset_cifar100_seed0_freezed/a.pth.tar"
@@ -50,7 +51,7 @@ def write_run(root, name, top1, **settings):
 
 def rows_of(root):
     """Return the table of all runs below `root` as dicts."""
-    table = json.loads((report.Path(report.__file__).parent / "results" / "published_results.json").read_text())
+    table = json.loads(published.TABLE.read_text())
     groups = report.group(report.find_runs([root]))
     return [dict(zip(report.COLUMNS, report.make_row(*group, table), strict=True)) for group in groups]
 
@@ -116,6 +117,8 @@ PUBLISHED = [
     ),
     ({"script": "train_teacher_cifar", "tarch": None, "arch": "vgg13_bn_aux", "freezed": True}, "74.64"),
     ({"script": "train_teacher_cifar", "tarch": None, "arch": "vgg13_bn_aux", "freezed": False}, "78.48"),
+    ({"script": "train_teacher_cifar", "tarch": None, "arch": "vgg13_bn_aux", "rotations": 1}, ""),
+    ({"script": "train_baseline_cifar", "tarch": None, "method": None, "arch": "resnet20", "few_ratio": 0.25}, ""),
     ({"script": "train_teacher_imagenet", "tarch": None, "arch": "resnet34_imagenet_aux", "dataset": "imagenet"}, "75.48"),
     ({"script": "train_baseline_cifar", "tarch": None, "method": None, "arch": "mobilenetV2"}, "73.51±0.26"),
     ({"script": "train_baseline_cifar", "tarch": None, "method": None, "arch": "resnet56"}, "73.00"),
@@ -129,7 +132,7 @@ PUBLISHED = [
             "tarch": None,
             "method": None,
             "arch": "mobilenetV2",
-            "dataset": "STL-10",
+            "dataset": "stl10",
             "s_path": "c/train_student_cifar_tarch_vgg13_bn_aux_arch_mobilenetV2_aux_dataset_cifar100_seed0/a.pth.tar",
         },
         "74.66",

@@ -1,0 +1,100 @@
+"""Images per second and core of decoding and augmentation, beside a plain ImageFolder with torchvision's v1 transforms.
+
+    python benchmarks/input_pipeline.py --data FOLDER [--images 2000] [--rounds 7]
+
+FOLDER holds <class>/*.JPEG, a few images being enough: hard links replicate them to `--images` files. Both loaders read
+in this process (one core, no workers), in turns over slices of the same files; the ratio is the median over the rounds.
+v1 ends in normalised float32; here a worker ends in uint8, and the device normalises (the last line does it on this core).
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from torchvision import datasets, transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import imagefiles  # noqa: E402
+from distributed import World  # noqa: E402
+
+BATCH = 50
+STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def replicate(source, target, count):
+    """Fill `target`/train with `count` hard links (copies across file systems) to the images of `source`/<class>/."""
+    files = sorted(path for path in Path(source).glob("*/*") if path.is_file())
+    for number, path in enumerate(itertools.islice(itertools.cycle(files), count)):
+        folder = Path(target) / "train" / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, folder / f"{number}{path.suffix}")
+        except OSError:
+            (folder / f"{number}{path.suffix}").write_bytes(path.read_bytes())
+
+
+def plain_loader(root):
+    """Return ImageFolder with v1 transforms to normalised float32, as in torchvision's and the published training code."""
+    augment = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    return datasets.ImageFolder(f"{root}/train", transforms.Compose([*augment, transforms.Normalize(*STATISTICS)]))
+
+
+def our_batches(root):
+    """Return this project's training batches, read in this process."""
+    args = argparse.Namespace(decode="cpu", skip_bad_images=False, limit_batches=None, num_workers=0)
+    args.batch_size, args.manual_seed = BATCH, 0
+    return imagefiles.TrainBatches(imagefiles.find(root, "train"), args, World(0, 1, torch.device("cpu")))
+
+
+def uint8_batches(ours, plan):
+    """Yield what the workers hand to the device: (uint8 images, labels)."""
+    ours.plan.batches = plan
+    for images, labels, _ in ours.loader:
+        yield images, labels
+
+
+def speed(batches, cores=time.process_time):
+    """Return images per second of processor time over an iterable of (images, labels)."""
+    began = cores()
+    count = sum(len(labels) for _, labels in batches)
+    return count / (cores() - began)
+
+
+def main():
+    """Measure in turns and print both speeds, their ratio and its spread."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of <class>/*.JPEG")
+    parser.add_argument("--images", type=int, default=2000, help="files to replicate them to")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of the two loaders; the first is not counted")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=Path(args.data).resolve().parent) as root:
+        replicate(args.data, root, args.images)
+        plain, ours = plain_loader(root), our_batches(root)
+        order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
+        size = max(len(order) // args.rounds // BATCH, 1) * BATCH
+        found = []
+        for turn in range(args.rounds):
+            part = order[turn * size : (turn + 1) * size]
+            chunks = [[(i, (0, turn, i)) for i in part[at : at + BATCH]] for at in range(0, len(part), BATCH)]
+            theirs = speed(DataLoader(Subset(plain, part), BATCH))
+            found.append((theirs, speed(uint8_batches(ours, chunks)), speed(ours.read(chunks))))
+    found = found[1:] or found
+    print(f"{len(order)} files, {size} a turn, {len(found)} turns, one core: images per second of processor time, median")
+    names = ("ImageFolder + v1 transforms", "imagefiles: decode + augment", "the same, normalised here too")
+    for name, speeds in zip(names, zip(*found, strict=True), strict=True):
+        ratios = sorted(speed / turn[0] for speed, turn in zip(speeds, found, strict=True))
+        spread = f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(f"{name:30}{statistics.median(speeds):6.0f}   {spread}")
+
+
+if __name__ == "__main__":
+    main()

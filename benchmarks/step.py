@@ -1,0 +1,195 @@
+"""Training speed of this project's step against the published scripts' recipe, timed in one run, round by round.
+
+    python benchmarks/step.py --all --compile --json step.json --markdown
+    python benchmarks/step.py --scaling --plot scaling.png
+
+reference: float32, NCHW, eager, PIL transforms image by image, unfused SGD, all losses and metrics read in every step.
+default:   the engine's own loop over its own batches. compile: the same with --compile.
+The images are synthetic. Ratios compare the two of the same round, so a slow spell of the machine hits both.
+"""
+
+import argparse
+import json
+from statistics import median, quantiles
+
+import scaling
+import torch
+from training_paths import Ours, Peak, Reference, now, synthetic
+
+import distributed
+import options
+
+# The pairs of results/published_results.json, by the names of the architectures.
+PAIRS = [
+    ("wrn_40_2_aux", "wrn_16_2_aux"),
+    ("wrn_40_2_aux", "wrn_40_1_aux"),
+    ("resnet56_aux", "resnet20_aux"),
+    ("resnet32x4_aux", "resnet8x4_aux"),
+    ("vgg13_bn_aux", "mobilenetV2_aux"),
+    ("ResNet50_aux", "mobilenetV2_aux"),
+    ("wrn_40_2_aux", "ShuffleV1_aux"),
+    ("resnet32x4_aux", "ShuffleV2_aux"),
+]
+IMAGENET_PAIR = ("resnet34_imagenet_aux", "resnet18_imagenet_aux")
+
+
+def parse_args(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, count = parser.add_argument, options.positive
+    add("--all", action="store_true", help="the eight published offline pairs")
+    add("--tarch", type=options.architecture, default=PAIRS[0][0], help="teacher of the one pair timed otherwise")
+    add("--arch", type=options.architecture, default=PAIRS[0][1], help="its student")
+    add("--teacher", type=options.architecture, metavar="ARCH", help="time a teacher's joint training instead")
+    add("--online", type=options.architecture, metavar="PAIR", help="time a mutual pair instead")
+    add("--imagenet", action="store_true", help="time the ImageNet pair on decoded 224 x 224 images instead")
+    add("--batch-size", type=count, default=64)
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto")
+    add("--compile", action="store_true", help="time --compile too")
+    add("--rounds", type=count, default=8)
+    add("--steps", type=count, help="steps a round (20 on a GPU, 2 on a CPU)")
+    add("--scaling", action="store_true", help="the default path against batch size and number of processes instead")
+    add("--batch-sizes", type=count, nargs="+", default=[16, 32, 64, 128, 256], help="of --scaling, all processes together")
+    add("--processes", type=count, nargs="+", help="of --scaling (1 and all GPUs or cores)")
+    add("--json", metavar="FILE", help="write all measurements")
+    add("--markdown", action="store_true", help="print the table in Markdown")
+    add("--plot", metavar="FILE", help="write the plot of --scaling")
+    add("--gpu-id", type=options.gpu_ids, help="GPU to use")
+    args = parser.parse_args(argv)
+    args.steps = args.steps or (20 if torch.cuda.is_available() else 2)
+    return args
+
+
+def cases(args):
+    """Return the (teacher, trained network) to time; no teacher for --teacher and --online."""
+    if args.teacher or args.online:
+        return [(None, args.teacher or args.online)]
+    if args.imagenet:
+        return [IMAGENET_PAIR]
+    return PAIRS if args.all else [(args.tarch, args.arch)]
+
+
+def matmul_rate(device, dtype):
+    """Return the FLOP/s of a large matrix product: the median of five."""
+    side = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(7):
+        began = now(device)
+        torch.mm(left, right)
+        times.append(now(device) - began)
+    return 2 * side**3 / median(times[2:])
+
+
+def spread(values):
+    """Return median and quartiles."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "quartiles": [low, high]}
+
+
+def time_rounds(paths, args, device):
+    """Return name -> images/s of every round and name -> peak MiB, the paths taking turns."""
+    speeds, peaks = {name: [] for name in paths}, {}
+    for number in range(args.rounds + 1):
+        for name in sorted(paths, reverse=number % 2 == 1):
+            peak, began = Peak(device), now(device)
+            paths[name].round()
+            speeds[name].append(args.batch_size * args.steps / (now(device) - began))
+            peaks[name] = peak.read()
+    # The first round warms up, and compiles.
+    return {name: found[1:] for name, found in speeds.items()}, peaks
+
+
+def measure(args, case, world):
+    """Return the measurements of one case."""
+    image_set, device = synthetic(args, case), world.device
+    paths = {"reference": Reference(args, case, image_set, world), "default": Ours(args, case, image_set, world)}
+    if args.compile:
+        paths["compile"] = Ours(args, case, image_set, world, compiled=True)
+    speeds, peaks = time_rounds(paths, args, device)
+    ours = paths["default"]
+    precision = ours.run.precision or torch.float32
+    flops, rate = ours.flops(), matmul_rate(device, precision)
+    result = {"teacher": case[0], "arch": case[1], "batch_size": args.batch_size, "precision": str(precision)[6:], "paths": {}}
+    result.update(gflop_a_step=flops / 1e9, matmul_gflops=rate / 1e9, shares=ours.shares(device))
+    for name, found in speeds.items():
+        ratios = [mine / theirs for mine, theirs in zip(found, speeds["reference"], strict=True)]
+        speed = spread(found)
+        result["paths"][name] = {
+            "images_per_second": speed,
+            "ratio": spread(ratios),
+            "step_ms": 1000 * args.batch_size / speed["median"],
+            "peak_mib": peaks[name],
+            # A share of the rate in the default's precision; the reference computes in float32.
+            "of_matmul_rate": None if name == "reference" else flops * speed["median"] / args.batch_size / rate,
+        }
+    return result
+
+
+def row(result, name):
+    """Return the table's cells of one path of a case."""
+    path = result["paths"][name]
+
+    def ranged(value, digits):
+        low, high = value["quartiles"]
+        return f"{value['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+    used = path["of_matmul_rate"]
+    return [
+        " -> ".join(filter(None, (result["teacher"], result["arch"]))),
+        name if name == "reference" else f"{name}, {result['precision']}",
+        ranged(path["images_per_second"], 1),
+        f"{path['step_ms']:.1f}",
+        ranged(path["ratio"], 2),
+        "" if used is None else f"{100 * used:.0f} %",
+        f"{path['peak_mib']:.0f}",
+    ]
+
+
+def table(head, rows, markdown):
+    """Return a table as text, in columns or in Markdown."""
+    if markdown:
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in [head, *rows])
+
+
+def hardware(device):
+    """Return the machine and PyTorch in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def write_json(args, content):
+    """Write `content` where --json says."""
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+
+
+def main(args, world):
+    """Time, print the tables, write the files."""
+    batch = "" if args.scaling else f"batch {args.batch_size}, "
+    print(f"{hardware(world.device)}, {batch}{args.rounds} rounds of {args.steps} steps", flush=True)
+    if args.scaling:
+        cells = scaling.measure(args, cases(args)[0])
+        print(table(scaling.HEAD, scaling.rows(cells), args.markdown))
+        if args.plot and any(cell["images_per_second"] for cell in cells):
+            scaling.plot(cells, args.plot)
+        write_json(args, {"hardware": hardware(world.device), "scaling": cells})
+        return
+    results = []
+    for case in cases(args):
+        results.append(measure(args, case, world))
+        write_json(args, {"hardware": hardware(world.device), "results": results})
+    head = ["pair", "path", "images/s (quartiles)", "ms a step", "ratio to reference", "of matrix product rate", "peak MiB"]
+    print(table(head, [row(result, name) for result in results for name in result["paths"]], args.markdown))
+    print("\nShares of the default path's step:\n")
+    shares = [[row(r, "default")[0], *(f"{100 * value:.0f} %" for value in r["shares"].values())] for r in results]
+    print(table(["pair", *results[0]["shares"]], shares, args.markdown))
+
+
+if __name__ == "__main__":
+    distributed.run(parse_args, main)

@@ -1,0 +1,73 @@
+"""Train a linear classifier on a frozen backbone's features of another data set: how well they transfer.
+
+    python eval_rep.py --arch mobilenetV2 --dataset STL-10 --data ./data/ --s-path \
+        ./checkpoint/train_student_cifar_tarch_vgg13_bn_aux_arch_mobilenetV2_aux_dataset_cifar100_seed0/mobilenetV2_aux.pth.tar
+
+Recipe: 100 epochs, batch 64, lr 0.1, no weight decay, x0.1 at 30/60/90, random resized crops of 32 pixels and flips.
+The weights may be those of a baseline, a teacher, a student or a mutual pair (`--net` chooses the network).
+Published for MobileNetV2 taught by VGG-13 on CIFAR-100: 74.66 on STL-10, 42.57 on TinyImageNet.
+"""
+
+import torch
+from torch import nn
+
+import batches
+import distributed
+import engine
+import models
+import options
+import utils
+from augment import ResizedCropFlip
+from losses import CrossEntropyLoss
+
+SIZE = 32  # pixels a side that the backbones were trained on
+
+
+class LinearProbe(nn.Module):
+    """A new linear classifier, `head`, on a frozen `encoder` that stays in eval mode: (B, 3, H, W) -> (B, N)."""
+
+    def __init__(self, encoder, num_classes):
+        super().__init__()
+        # Not named `backbone`: what tests "the backbone" would take the source's own classifier for the probe.
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.head = nn.Linear(encoder.head.in_features, num_classes)
+
+    def train(self, mode=True):
+        """Set the mode of the head; the encoder's BatchNorm statistics stand."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, images):
+        """Return the class logits (B, N)."""
+        with torch.no_grad():
+            features = self.encoder.embed(images)
+        return self.head(features)
+
+
+def parse_args(argv=None):
+    """Parse the command line."""
+    parser = options.training_parser(__file__, __doc__, "mobilenetV2", "stl10", epochs=100, milestones=(30, 60, 90))
+    parser.set_defaults(init_lr=0.1, weight_decay=0.0)
+    parser.add_argument("--s-path", required=True, help="weights of the backbone, or of a network that has it")
+    parser.add_argument("--net", type=int, choices=[1, 2], default=1, help="network of a mutual pair's weights")
+    args = options.finish(parser, argv)
+    # Neither auxiliary classifiers nor the other network of a pair have a part in this.
+    args.arch = models.backbone_name(args.arch)
+    if models.is_imagenet(args.arch):
+        parser.error(f"--arch {args.arch} is for images of 224 pixels: the probe is for CIFAR's backbones")
+    return args
+
+
+def main(args, world):
+    """Train and test the linear classifier."""
+    utils.seed_all(args.manual_seed)
+    num_classes, _ = utils.weights_layout(args.s_path)  # a wrong path shows before the data is read
+    backbone = models.create(args.arch, num_classes)
+    utils.load_weights(backbone, args.s_path, args.net)
+    data = batches.load(args, world, lambda images: ResizedCropFlip(images.size, SIZE, flip=images.flip), SIZE)
+    engine.fit(args, world, LinearProbe(backbone, data.num_classes), CrossEntropyLoss(), data)
+
+
+if __name__ == "__main__":
+    distributed.run(parse_args, main)

@@ -1,0 +1,97 @@
+"""What makes a training step cheaper without changing what it computes: the teacher in inference form, compilation."""
+
+import copy
+from collections import Counter
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class TensorUses(TorchFunctionMode):
+    """Counts, by id, how many torch functions that return tensors took each tensor as an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.kept = Counter(), []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        # Questions such as `x.dim()` return no tensor: they are no use of the values.
+        if torch.is_tensor(result) or (isinstance(result, (tuple, list)) and any(map(torch.is_tensor, result))):
+            flat = [v for a in args for v in (a if isinstance(a, (tuple, list)) else [a]) if torch.is_tensor(v)]
+            self.counts.update({id(v) for v in flat})
+            self.kept += flat  # an id stays a tensor's own only while the tensor lives
+        return result
+
+
+def foldable(network, images):
+    """Return (convolution's name, BatchNorm's name) for each convolution whose output one BatchNorm alone takes.
+
+    Found by watching one forward pass of `images`: names cannot tell, since in the thinnest WRNs the stem's output
+    also goes past the BatchNorm.
+    """
+    produced, pairs, hooks = {}, [], []
+
+    def after_convolution(name):
+        return lambda module, args, output: produced.update({id(output): (name, output)})
+
+    def before_norm(name):
+        return lambda module, args: pairs.append((id(args[0]), name))
+
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(after_convolution(name)))
+        elif isinstance(module, nn.BatchNorm2d):
+            hooks.append(module.register_forward_pre_hook(before_norm(name)))
+    with torch.no_grad(), TensorUses() as uses:
+        network(images)
+    for hook in hooks:
+        hook.remove()
+    return [(produced[at][0], norm) for at, norm in pairs if at in produced and uses.counts[at] == 1]
+
+
+def fold_batchnorm(network, size):
+    """Return a copy of an eval-mode network for images of `size` whose BatchNorms are, where they can be, in the
+    preceding convolution's weights: the same function up to float32 rounding."""
+    network = copy.deepcopy(network).eval()
+    device = next(network.parameters()).device
+    for conv, norm in foldable(network, torch.zeros(1, 3, size, size, device=device)):
+        fused = nn.utils.fuse_conv_bn_eval(network.get_submodule(conv), network.get_submodule(norm))
+        for name, module in ((conv, fused), (norm, nn.Identity())):
+            parent, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, module)
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def inference_copy(teacher, size, dtype=None):
+    """Return a frozen copy of a teacher, for images of `size`, that only serves to be run under autocast to `dtype`.
+
+    BatchNorm is folded where it can be, and the weights that autocast would convert in every step are converted here.
+    """
+    network = fold_batchnorm(teacher, size)
+    for module in network.modules():
+        if dtype is not None and isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(dtype)
+    return network
+
+
+class CompiledStep:
+    """A function (images, labels, epoch) compiled for `size` images, on a GPU as CUDA graphs.
+
+    Another number of images, such as an epoch's last one, runs uncompiled. `state` are tensors that the function
+    updates in place.
+    """
+
+    def __init__(self, function, size, device, state=()):
+        self.uncompiled, self.size = function, size
+        self.compiled = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+        for value in state:
+            torch._dynamo.mark_static_address(value)  # else no CUDA graph is made of a step that changes them
+        # As a plain number the epoch would be a constant of the compiled code, which each epoch would compile anew.
+        self.epoch = torch.zeros((), device=device)
+
+    def __call__(self, images, labels, epoch):
+        if len(images) != self.size:
+            return self.uncompiled(images, labels, epoch)
+        return self.compiled(images, labels, self.epoch.fill_(epoch))

@@ -1,0 +1,260 @@
+"""Batches of images too many for memory (ImageNet): decoded and cropped by workers, normalised on the device.
+
+The counterpart of batches.DeviceBatches and batches.TestBatches, with the same order: what a position of an epoch shows
+depends on (seed, epoch, position) alone, not on the number of workers or processes.
+"""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision import io
+from torchvision.transforms import v2
+
+import batches
+import datasets
+import distributed
+from utils import UserError
+
+SIZE, TEST_RESIZE = 224, 256
+PREFETCH = 2  # batches that each worker reads ahead
+REPLACEMENTS = 100  # images tried in place of an unreadable one
+SHOWN = 20  # unreadable images named at the end of an epoch
+RGB = io.ImageReadMode.RGB
+
+
+@dataclass
+class FileSet:
+    """One split: encoded `paths` (N,), one array rather than N objects that forked workers would copy, and `labels` (N,)."""
+
+    paths: np.ndarray
+    labels: torch.Tensor
+    classes: list[str]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def subset(self, indices):
+        """Return the split's images at `indices`, in that order."""
+        return replace(self, paths=self.paths[indices.numpy()], labels=self.labels[indices])
+
+
+def find(root, split):
+    """Return the split `<root>/<split>/<class>/*` of any number of classes; UserError where there is none."""
+    names, samples = datasets.class_folders(Path(root) / split)
+    if not samples:
+        raise UserError(f"no images: put them at {Path(root) / split}/<class>/*")
+    paths, labels = zip(*samples, strict=True)
+    return FileSet(np.array([os.fsencode(path) for path in paths]), torch.tensor(labels), names)
+
+
+def decode(path):
+    """Return the image at `path` as (3, H, W) uint8, whatever its colour space; UserError where it cannot be read."""
+    try:
+        image = io.decode_image(io.read_file(path), RGB)
+        if image.dim() == 3 and image.dtype == torch.uint8:
+            return image
+    except RuntimeError:
+        pass
+    return datasets.decode(path)  # slower, but knows more formats and says what is wrong
+
+
+def transformed(image, transform, key):
+    """Return `transform(image)` with torch's generator seeded by the whole numbers `key`, and left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
+        return transform(image)
+
+
+class Images(Dataset):
+    """Item (index, key) -> (image (3, 224, 224) uint8 or None, its label, lines about unreadable images met).
+
+    With `fill` the next readable image takes the place of an unreadable one.
+    """
+
+    def __init__(self, files, transform, fill):
+        self.files, self.transform, self.fill = files, transform, fill
+
+    def __getitem__(self, item):
+        index, key = item
+        bad = []
+        for at in range(index, index + (REPLACEMENTS if self.fill else 1)):
+            at %= len(self.files)
+            try:
+                image = decode(os.fsdecode(self.files.paths[at]))
+            except UserError as error:
+                bad.append(str(error))
+                continue
+            return transformed(image, self.transform, key), self.files.labels[at], bad
+        return None, None, bad
+
+
+class EncodedImages(Images):
+    """Item (index, key) -> (the file's bytes (n,) uint8, label, item), for decoding on the device."""
+
+    def __getitem__(self, item):
+        path = os.fsdecode(self.files.paths[item[0]])
+        try:
+            content = io.read_file(path)
+        except RuntimeError:
+            content = torch.zeros(0, dtype=torch.uint8)
+        return content, self.files.labels[item[0]], item
+
+    def decoded(self, contents, labels, items, device):
+        """Return what `Images` gives for the files' `contents`, decoded on `device` in one call where all are plain JPEG."""
+        try:
+            images = io.decode_jpeg(contents, RGB, device)
+        except RuntimeError:  # one of them is no JPEG that the device knows: on the CPU, image by image
+            found = [super(EncodedImages, self).__getitem__(item) for item in items]
+            return collate([(None if image is None else image.to(device), *rest) for image, *rest in found])
+        images = [transformed(image, self.transform, key) for image, (_, key) in zip(images, items, strict=True)]
+        return torch.stack(images), labels, []
+
+
+def collate(found):
+    """Join `Images` items into (images, labels, lines about unreadable ones), without those that have no image."""
+    images, labels, bad = zip(*found, strict=True)
+    images, labels = ([part for part in parts if part is not None] for parts in (images, labels))
+    joined = (torch.stack(images), torch.stack(labels)) if images else (torch.zeros(0), torch.zeros(0))
+    return *joined, sum(bad, [])
+
+
+def collate_encoded(found):
+    """Join `EncodedImages` items; the files differ in length and stay a list."""
+    contents, labels, items = zip(*found, strict=True)
+    return list(contents), torch.stack(labels), list(items)
+
+
+def stay(leaving, _):
+    """Let a worker outlive the signals that a scheduler sends to all processes: training saves itself, then ends it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
+
+
+class Plan:
+    """The batch sampler of a loader whose workers persist: a new plan of batches for every pass."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class FileBatches:
+    """Batches of this rank's share of a FileSet, read by `--num-workers` processes."""
+
+    def __init__(self, files, transform, args, world, fill):
+        if args.decode == "device" and world.device.type != "cuda":
+            raise UserError("--decode device needs a GPU: this run has none")
+        self.files, self.world, self.skip, self.limit = files, world, args.skip_bad_images, args.limit_batches
+        encoded = args.decode == "device"
+        self.images = (EncodedImages if encoded else Images)(files, transform, fill and self.skip)
+        self.normalise = batches.Normaliser(datasets.IMAGENET_STATISTICS, world.device)
+        self.plan, workers = Plan(), args.num_workers
+        leaving = multiprocessing.RawValue("b", 0)
+        atexit.register(setattr, leaving, "value", 1)
+        self.loader = DataLoader(
+            self.images,
+            batch_sampler=self.plan,
+            num_workers=workers,
+            collate_fn=collate_encoded if encoded else collate,
+            pin_memory=world.device.type == "cuda" and not encoded,
+            worker_init_fn=partial(stay, leaving),
+            persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH if workers else None,
+            generator=torch.Generator(),
+        )
+
+    def read(self, plan):
+        """Yield (images (B, 3, 224, 224) float32, labels (B,)) of the batches of (index, key) items in `plan`.
+
+        Raises UserError at an unreadable image, or with --skip-bad-images names them all at the end.
+        """
+        self.plan.batches, device, skipped = plan, self.world.device, []
+        for found in self.loader:
+            if isinstance(self.images, EncodedImages):
+                found = self.images.decoded(*found, device)
+            images, labels, bad = found
+            if bad and not self.skip:
+                raise UserError(f"{bad[0]}; --skip-bad-images goes on without it")
+            skipped += bad
+            if len(labels):
+                yield self.normalise(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+            elif self.images.fill:
+                raise UserError(f"{bad[0]}; nor are the {REPLACEMENTS - 1} images after it readable")
+        if self.skip:
+            skipped = sum(distributed.gather_objects(skipped), [])
+            if skipped and self.world.is_main:
+                print(f"skipped {len(skipped)} unreadable images:", *skipped[:SHOWN], sep="\n", file=sys.stderr, flush=True)
+
+
+class TrainBatches(FileBatches):
+    """Training batches: RandomResizedCrop(224) and flip; an epoch can be entered at any step."""
+
+    def __init__(self, files, args, world):
+        transform = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
+        super().__init__(files, transform, args, world, fill=True)
+        self.batch_size, self.seed = args.batch_size, args.manual_seed
+        self.steps = batches.steps_of_epoch(len(files), self.batch_size, world, self.limit)
+
+    def __len__(self):
+        return self.steps
+
+    def epoch(self, epoch, start=0):
+        """Yield (images, labels) of this rank from step `start` of `epoch` on."""
+        return self.read(self.items(epoch, start))
+
+    def items(self, epoch, start=0):
+        """Yield each step's list of (index, (seed, epoch, position)) of this rank."""
+        count = len(self.files)
+        order = torch.randperm(count, generator=batches.epoch_generator(self.seed, epoch))
+        for step in range(start, self.steps):
+            at = batches.share_of_batch(step, self.batch_size, count, self.world.rank, self.world.size)
+            yield [(i, (self.seed, epoch, p)) for i, p in zip(order[at].tolist(), at.tolist(), strict=True)]
+
+
+class TestBatches(FileBatches):
+    """Test batches: Resize(256) and CenterCrop(224); each image once, split over the processes."""
+
+    __test__ = False
+
+    def __init__(self, files, args, world):
+        transform = v2.Compose([v2.Resize(TEST_RESIZE, antialias=True), v2.CenterCrop(SIZE)])
+        super().__init__(files, transform, args, world, fill=False)
+        self.num_classes, self.size = len(files.classes), SIZE
+        size = max(args.batch_size // world.size, 1)
+        self.mine = range(world.rank, len(files), world.size)[: None if self.limit is None else self.limit * size]
+        self.total = distributed.total(len(self.mine), world)
+        self.items = [[(i, (0,)) for i in self.mine[at : at + size]] for at in range(0, len(self.mine), size)]
+
+    def __len__(self):
+        return len(self.mine)
+
+    def __iter__(self):
+        return self.read(self.items)
+
+
+def load(args, world):
+    """Find the images of `args` and return their batches: a batches.Data."""
+    train_set, test_set = find(args.data, "train"), find(args.data, "val")
+    if train_set.classes != test_set.classes:
+        odd = sorted(set(train_set.classes) ^ set(test_set.classes))[:3]
+        raise UserError(f"{args.data}: train/ and val/ must have the same class folders (check: {', '.join(odd)})")
+    train_set, held_out = batches.split(train_set, args, world)
+    held_out = TestBatches(held_out, args, world) if held_out else None
+    test = TestBatches(test_set, args, world)
+    return batches.Data(TrainBatches(train_set, args, world), held_out, test, test.num_classes, SIZE)
+
+
+def load_test(args, world):
+    """Find the test images of `args` and return their batches."""
+    return TestBatches(find(args.data, "val"), args, world)

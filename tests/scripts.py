@@ -1,0 +1,69 @@
+"""Runs the project's scripts within the test process, on the CPU."""
+
+import contextlib
+import importlib
+import json
+import signal
+import sys
+from unittest import mock
+
+import torch
+
+import distributed
+import models
+
+WORLD = distributed.World(0, 1, torch.device("cpu"))
+# Two steps of four images, in float32.
+QUICK = ("--dataset", "digits", "--batch-size", "4", "--limit-batches", "2", "--amp", "off")
+QUICK_RUN = (*QUICK, "--epochs", "1")
+TRAINING = (
+    "train_baseline_cifar",
+    "train_teacher_cifar",
+    "train_student_cifar",
+    "train_student_few_shot",
+    "train_online_kd_cifar",
+)
+
+
+@contextlib.contextmanager
+def own_signal_handlers():
+    """Put back the signal handlers that a training run replaces."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run(script, *argv, world=WORLD):
+    """Run a script's `main` with the command line `argv`."""
+    module = importlib.import_module(script)
+    with own_signal_handlers():
+        module.main(module.parse_args([str(word) for word in argv]), world)
+
+
+def status(script, *argv):
+    """Run a script as its command does and return the exit status; what it prints goes where the test's does."""
+    module = importlib.import_module(script)
+    command = [f"{script}.py", *(str(word) for word in argv)]
+    with own_signal_handlers(), mock.patch.object(sys, "argv", command):
+        try:
+            distributed.run(module.parse_args, module.main)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def save_teacher(path, name="resnet8_aux", num_classes=10, rotations=4):
+    """Write the weights of a freshly initialised network; return the path."""
+    torch.manual_seed(1)
+    torch.save({"net": models.create(name, num_classes, rotations).state_dict(), "acc": 0.0, "epoch": 1}, path)
+    return path
+
+
+def log_lines(folder):
+    """Return the records of a run folder's log without its timings."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    timings = ("images_per_second", "seconds", "peak_memory_mb")
+    return [{name: value for name, value in line.items() if name not in timings} for line in lines]

@@ -1,0 +1,212 @@
+"""Several processes on the CPU: gradients, metrics, launchers, preemption and the death of a process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import batches
+import datasets
+import distributed
+import engine
+import models
+import train_teacher_cifar
+import utils
+from losses import TeacherLoss
+from scripts import WORLD, run
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+FOLDER = "train_baseline_cifar_arch_resnet8_dataset_digits_seed0"
+
+
+def free_port():
+    """Return a TCP port that is free now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def baseline(checkpoints, *more):
+    """Return the command line of a baseline on the digits, without launcher."""
+    common = ["--dataset", "digits", "--arch", "resnet8", "--amp", "off", "--checkpoint-dir", str(checkpoints)]
+    return ["train_baseline_cifar.py", *common, *map(str, more)]
+
+
+def published(command):
+    """Return the command with the published flags that start two processes."""
+    flags = ["--multiprocessing-distributed", "--gpu", "0,1", "--dist-backend", "nccl", "--world-size", "1", "--rank", "0"]
+    return [sys.executable, *command, *flags, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+
+
+def launch(command):
+    """Start a command in the project's folder."""
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+def small_run(world, accumulate=1):
+    """Return an engine.Run of a small teacher whose BatchNorms are in eval mode."""
+    args = train_teacher_cifar.parse_args(["--arch", "resnet8_aux", "--dataset", "digits", "--amp", "off"])
+    args.accumulate = accumulate
+    torch.manual_seed(0)
+    made = engine.Run(args, world, models.create("resnet8_aux", 10), TeacherLoss(), SimpleNamespace(size=32))
+    made.prepare()
+    made.wrapped.eval()
+    return made
+
+
+def two_halves():
+    """Return a batch of images and labels for each of two ranks."""
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randn(2, 4, 3, 32, 32, generator=draw)
+    return list(zip(images, torch.randint(0, 10, (2, 4), generator=draw), strict=True))
+
+
+def gradients(made, images, labels):
+    """Return name -> gradient of one batch."""
+    made.model.zero_grad()
+    made.forward(images, labels, 0)[0].backward()
+    return {name: p.grad.clone() for name, p in made.model.named_parameters()}
+
+
+def rank_gradients(rank, folder):
+    """Save this rank's gradients, as DistributedDataParallel averages them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    made = small_run(distributed.World(rank, 2, torch.device("cpu")))
+    torch.save(gradients(made, *two_halves()[rank]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_averaged_gradients_of_two_ranks(tmp_path):
+    mp.spawn(rank_gradients, (str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    first, second = (gradients(small_run(WORLD), *half) for half in two_halves())
+    for name, value in first.items():
+        assert torch.equal(found[0][name], found[1][name])
+        torch.testing.assert_close(found[0][name], (value + second[name]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_parts_equal_the_large_batch():
+    images, labels = (torch.cat(parts) for parts in zip(*two_halves(), strict=True))
+    whole, parts = small_run(WORLD), small_run(WORLD, accumulate=3)
+    for made in (whole, parts):
+        made.step(images, labels, 0)
+    for expected, found in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [20, 23])
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_an_interrupted_epoch_visits_each_image_once(count, after):
+    """Two processes up to step 2, then another number of them: every position once, but for the last batch's padding."""
+    seen = []
+    for step in range(batches.steps_of_epoch(count, 8, SimpleNamespace(size=1))):
+        size = 2 if step < 2 else after
+        seen += [p for rank in range(size) for p in batches.share_of_batch(step, 8, count, rank, size).tolist()]
+    assert seen[:count] == list(range(count)) and len(seen) - count < max(after, 2)
+    assert seen[count:] == list(range(len(seen) - count))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return the checkpoint folder of three epochs of two processes, started by the published flags."""
+    folder = tmp_path_factory.mktemp("published")
+    command = baseline(folder, "--epochs", 3, "--milestones", 2, "--batch-size", 128)
+    done = launch(published(command))
+    assert "gloo" in done.communicate(timeout=150)[1] and done.returncode == 0
+    return folder, command
+
+
+def test_metrics_equal_a_hand_count(finished):
+    folder = finished[0] / FOLDER
+    model = models.create("resnet8", 10).eval()
+    utils.load_weights(model, folder / "resnet8.pth.tar")
+    test = datasets.load("digits", ".", False)
+    images = batches.Normaliser(test.statistics, torch.device("cpu"))(test.images())
+    with torch.no_grad():
+        hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(7), test.labels.split(7), strict=True))
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    assert lines[-1]["test/top1"] == pytest.approx(100 * hits / len(test), abs=1e-4)
+
+
+def test_torchrun_gives_the_same_weights(finished, tmp_path):
+    command = [arg if arg != str(finished[0]) else str(tmp_path) for arg in finished[1]]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = launch([*torchrun, *command])
+    assert done.communicate(timeout=150) and done.returncode == 0
+    found, expected = (utils.read_checkpoint(at / FOLDER / "resnet8.pth.tar")["net"] for at in (tmp_path, finished[0]))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_mistake_is_one_line_and_status_2(finished):
+    done = launch(published(finished[1]))
+    told = done.communicate(timeout=100)[1].splitlines()
+    assert done.returncode == 2
+    assert [line for line in told if "error" in line] == [line for line in told if "already holds a run" in line] != []
+    assert sum("error" in line for line in told) == 1
+
+
+def ranks_of(launcher):
+    """Return rank -> process id of a launcher's processes."""
+    found = {}
+    for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        found.update({int(v.removeprefix("RANK=")): int(pid) for v in variables if v.startswith("RANK=")})
+    return found
+
+
+def wait_for(process, text):
+    """Read a process's output up to a line with `text`."""
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"ended with status {process.wait()}: {process.stderr.read()}")
+
+
+def test_a_killed_rank_ends_all_and_the_run_resumes(tmp_path):
+    command = baseline(tmp_path, "--epochs", 2, "--milestones", 1, "--batch-size", 16)
+    killed = launch(published(command))
+    wait_for(killed, "epoch 1/2")
+    time.sleep(0.3)
+    os.kill(ranks_of(killed)[1], signal.SIGKILL)
+    began = time.monotonic()
+    told = killed.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 60 and killed.returncode == 1 and "process 1 ended with status -9" in told
+    run("train_baseline_cifar", *command[1:], "--resume")
+    assert len((tmp_path / FOLDER / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_preempted_run_goes_on_with_one_process(tmp_path, monkeypatch):
+    command = baseline(tmp_path, "--epochs", 1, "--milestones", 1, "--batch-size", 8)
+    stopped = launch(published(command))
+    wait_for(stopped, "steps an epoch")
+    stopped.send_signal(signal.SIGUSR1)
+    stopped.communicate(timeout=60)
+    assert stopped.returncode == 143
+    step = utils.read_checkpoint(tmp_path / FOLDER / "resnet8.pth.tar")["order"]["step"]
+    assert 0 < step < 180
+    seen, share = [], batches.share_of_batch
+
+    def spy(*args):
+        seen.append(share(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(batches, "share_of_batch", spy)
+    run("train_baseline_cifar", *command[1:], "--resume")
+    assert torch.cat(seen).tolist() == list(range(8 * step, 1437))
+    record = json.loads((tmp_path / FOLDER / "log.jsonl").read_text())
+    assert record["epoch"] == 1 and record["peak_memory_mb"] > 0

@@ -1,0 +1,243 @@
+"""The fast training step computes what the plain one does, and the benchmark of it runs."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from contract import filled_network
+from torch import nn
+
+import augment
+import batches
+import datasets
+import engine
+import fast
+import losses
+from distributed import World
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES, BATCH = 5, 4
+
+
+def image_set(count=2 * BATCH + 1):
+    """Return `count` random images with labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, CLASSES, (count,), generator=generator)
+    return datasets.in_memory(images, labels, range(CLASSES), datasets.CIFAR100_STATISTICS)
+
+
+def network(name, rotations=4):
+    """Return a network whose BatchNorm statistics are far from their start."""
+    return filled_network(name, rotations, CLASSES)
+
+
+def objective(method):
+    """Return (student, objective) of a method on a small pair."""
+    rotations = 1 if method == "dpcd" else 4
+    teacher = network("wrn_16_1_aux" if rotations == 4 else "resnet8_aux", rotations)
+    made = losses.HSAKDLoss(teacher) if method == "hsakd" else losses.DPCDLoss(teacher, warmup_epochs=4)
+    return network("resnet8_aux", rotations), made
+
+
+def prepared(tmp_path, method="hsakd", amp="off", compiled=False, device="cpu"):
+    """Return an engine.Run ready to train on `image_set`, whose last batch is smaller."""
+    args = Namespace(
+        script="test", arch="resnet8_aux", dataset="cifar100", manual_seed=0, tag=None, checkpoint_dir=str(tmp_path),
+        amp=amp, compile=compiled, init_lr=0.05, weight_decay=5e-4, sync_bn=False, batch_size=BATCH, accumulate=1,
+        epochs=3, warmup_epoch=0, milestones=[9],
+    )  # fmt: skip
+    world = World(0, 1, torch.device(device))
+    found = image_set()
+    train = batches.DeviceBatches(found, BATCH, augment.CropFlip(32), world, 0)
+    run = engine.Run(args, world, *objective(method), batches.Data(train, None, None, CLASSES, 32))
+    run.prepare()
+    return run
+
+
+def trained(run, epochs=3):
+    """Train a run through the engine's loop and return it."""
+    for epoch in range(epochs):
+        run.train_epoch(epoch, Namespace(agreed=lambda *_: False))
+        run.step_in_epoch = 0
+    return run
+
+
+def gradients(run, images, labels):
+    """Return (loss, all gradients as one vector) of one batch through a run's forward pass."""
+    run.wrapped.train()
+    loss, _ = run.forward(images, labels, 1)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in run.model.parameters()])
+
+
+def plain_gradients(images, labels, dtype=None):
+    """Return (loss, gradients) of the same by the objective alone: eager, contiguous NCHW, the teacher as it is."""
+    student, made = objective("hsakd")
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        terms = made(student.train(), images.contiguous(), labels)
+    loss = sum(terms.values())
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in student.parameters()])
+
+
+def distance(found, expected):
+    """Return the relative distance of two vectors."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture
+def aot_eager(monkeypatch):
+    """Capture graphs, forward and backward, as torch.compile does, without the minutes that code generation takes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_default_step_has_the_plain_steps_loss_and_gradients(tmp_path):
+    """Channels-last and the folded teacher stay within float32's rounding."""
+    run = prepared(tmp_path)
+    images, labels = next(run.data.train.epoch(0))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    loss, found = gradients(run, images, labels)
+    expected_loss, expected = plain_gradients(images, labels)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert distance(found, expected) < 1e-5
+
+
+def test_bfloat16_step_is_no_further_from_float32_than_plain_autocast(tmp_path):
+    """The folded teacher and its weights converted once add nothing to autocast's own rounding."""
+    run = prepared(tmp_path, amp="bf16")
+    images, labels = next(run.data.train.epoch(0))
+    loss, found = gradients(run, images, labels)
+    expected_loss, expected = plain_gradients(images, labels)
+    rounding = distance(plain_gradients(images, labels, torch.bfloat16)[1], expected)
+    assert loss == pytest.approx(expected_loss, rel=0.01)
+    assert 0 < distance(found, expected) < 1.5 * rounding < 0.3
+
+
+@pytest.mark.parametrize("method", ["hsakd", "dpcd"])
+def test_compiled_training_equals_eager_and_captures_one_graph(tmp_path, aot_eager, method):
+    """Three epochs of three steps, the last one smaller: equal weights, and no epoch or batch compiles anew."""
+    runs = [trained(prepared(tmp_path, method, compiled=c)) for c in (False, True)]
+    eager, captured = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in runs)
+    assert distance(captured, eager) < 1e-5
+    assert runs[1].totals.means() == pytest.approx(runs[0].totals.means(), rel=1e-4)
+    for name, value in runs[0].objective.state.items():
+        assert torch.allclose(runs[1].objective.state[name], value, atol=1e-6), name
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_step_never_reads_the_device(tmp_path, monkeypatch):
+    """No tensor of the training loop is turned into a Python number: on a GPU that would wait for it."""
+    run = trained(prepared(tmp_path), epochs=1)
+
+    def refuse(*_):
+        raise AssertionError("a training step read a tensor's value")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    for number, (images, labels) in enumerate(run.data.train.epoch(1)):
+        run.step(images, labels, number)
+
+
+@pytest.mark.parametrize("name", [*(f"{n}_aux" for n in ("wrn_16_1", "resnet8x4", "ResNet50", "vgg8_bn")),
+                                  "mobilenetV2_aux", "ShuffleV1_aux", "ShuffleV2_aux"])  # fmt: skip
+def test_folded_network_is_the_same_function(name):
+    """Every family folds some BatchNorm, gives the same outputs, and leaves the original as it was."""
+    original = network(name).eval()
+    before = copy.deepcopy(original.state_dict())
+    folded = fast.fold_batchnorm(original, 32)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = original(images), folded(images)
+    for wanted, got in zip([expected[0], *expected[1]], [found[0], *found[1]], strict=True):
+        assert distance(got, wanted) < 1e-5
+    left, norms = (sum(isinstance(m, nn.BatchNorm2d) for m in n.modules()) for n in (folded, original))
+    assert left < norms
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in original.state_dict().items())
+
+
+def test_convolution_with_a_second_reader_is_not_folded():
+    """In the thinnest WRN the stem's output also goes past the first BatchNorm, by the shortcut."""
+    found = dict(fast.foldable(network("wrn_16_1_aux").eval(), torch.zeros(1, 3, 32, 32)))
+    assert "backbone.conv1" not in found
+    assert found["backbone.block1.layer.0.conv1"] == "backbone.block1.layer.0.bn2"
+
+
+def test_teacher_is_folded_and_converted_once(tmp_path):
+    """The objective's teacher keeps its convolutions in autocast's type, so that no step converts them."""
+    run = prepared(tmp_path, amp="bf16")
+    kinds = {m.weight.dtype for m in run.objective.teacher.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert kinds == {torch.bfloat16}
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+def benchmark(*arguments):
+    """Run benchmarks/step.py on one small step and return what it printed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "--steps", "1", "--markdown", *map(str, arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_benchmark_measures_all_it_promises(tmp_path):
+    """One tiny case: a table, and every measurement in the JSON file."""
+    path = tmp_path / "step.json"
+    small = ["--tarch", "resnet8_aux", "--arch", "resnet8_aux", "--batch-size", 2, "--rounds", 2, "--amp", "off"]
+    printed = benchmark(*small, "--json", path)
+    assert "| resnet8_aux -> resnet8_aux | reference |" in printed
+    (result,) = json.loads(path.read_text())["results"]
+    assert sum(result["shares"].values()) == pytest.approx(1)
+    assert min(result["shares"].values()) > 0
+    assert result["gflop_a_step"] > 0
+    for found in result["paths"].values():
+        assert found["images_per_second"]["median"] > 0
+        assert found["peak_mib"] > 0
+    assert result["paths"]["reference"]["ratio"]["median"] == 1
+    assert 0 < result["paths"]["default"]["of_matmul_rate"] < 2
+
+
+def test_benchmark_of_scaling(tmp_path):
+    """Two processes in one cell: images/s, memory and the plot."""
+    cells, picture = tmp_path / "cells.json", tmp_path / "scaling.png"
+    small = ["--teacher", "resnet8_aux", "--batch-sizes", 2, "--processes", 2, "--rounds", 1, "--amp", "off"]
+    benchmark("--scaling", *small, "--json", cells, "--plot", picture)
+    (cell,) = json.loads(cells.read_text())["scaling"]
+    assert cell["images_per_second"] > 0
+    assert cell["peak_mib"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["hsakd", "dpcd"])
+def test_cuda_graphs_train_like_eager(tmp_path, method):
+    """On a GPU, three epochs of compiled steps give about the eager steps' losses."""
+    runs = [trained(prepared(tmp_path, method, compiled=compiled, device="cuda")) for compiled in (False, True)]
+    assert runs[1].totals.means()["loss"] == pytest.approx(runs[0].totals.means()["loss"], rel=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_step_does_not_wait_for_the_gpu(tmp_path):
+    """PyTorch itself refuses every synchronising call of the training loop after its first epoch."""
+    run = trained(prepared(tmp_path, amp="bf16", device="cuda"), epochs=1)
+    batch = run.data.train.epoch(1)
+    run.step(*next(batch), 1)  # copying the epoch's order to the device may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, labels in batch:
+            run.step(images, labels, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,148 @@
+"""An ImageNet-shaped folder of generated JPEGs: decoding, order, unreadable files, and the three scripts."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision import io
+
+import imagefiles
+import options
+from distributed import World
+from scripts import WORLD, run, status
+from utils import UserError
+
+CHANNELS = {"RGB": 3, "L": 1, "CMYK": 4}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Return a folder of 4 classes, 3 training images and 1 test image each, of odd sizes and several colour spaces."""
+    root, draw = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 1)):
+        for number in range(4):
+            folder = root / split / f"n{number:08d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                mode = list(CHANNELS)[(number + i) % 3]
+                pixels = draw.integers(0, 256, (9, 11, CHANNELS[mode]), dtype=np.uint8).squeeze()
+                size = tuple(int(side) for side in draw.integers(81, 299, 2) | 1)
+                (Image.fromarray(pixels).convert(mode) if mode != "CMYK" else Image.fromarray(pixels, mode)).resize(size).save(
+                    folder / f"{i}.JPEG"
+                )
+    return root
+
+
+@pytest.fixture
+def damaged(root, tmp_path):
+    """Return a copy of the folder with one truncated training and test image, and the training one's path."""
+    copy = tmp_path / "damaged"
+    shutil.copytree(root, copy)
+    for split in ("train", "val"):
+        path = copy / split / "n00000001" / "0.JPEG"
+        path.write_bytes(path.read_bytes()[:-300])
+    return copy, str(copy / "train" / "n00000001" / "0.JPEG")
+
+
+def arguments(root, *more):
+    """Return parsed arguments of a loader of batches of four."""
+    parser = options.imagenet_parser("train_x.py", "", "resnet18_imagenet_aux")
+    return options.finish(parser, ["--data", str(root), "--batch-size", "4", "--num-workers", "0", *more])
+
+
+def train(root, *more, world=WORLD):
+    """Return training batches of the folder."""
+    return imagefiles.TrainBatches(imagefiles.find(root, "train"), arguments(root, *more), world)
+
+
+def test_every_colour_space_is_decoded(root):
+    files = imagefiles.find(root, "train")
+    assert len(files) == 12 and files.classes == [f"n{i:08d}" for i in range(4)]
+    for path in files.paths:
+        image, expected = imagefiles.decode(path.decode()), Image.open(path.decode())
+        assert image.dtype == torch.uint8 and image.shape == (3, expected.height, expected.width)
+        if expected.mode != "CMYK":
+            difference = image.int() - torch.from_numpy(np.array(expected.convert("RGB"))).permute(2, 0, 1)
+            assert difference.abs().max() <= 2
+
+
+def test_batches_depend_on_the_position_alone(root):
+    """The same images whatever the number of workers, processes and the step at which the epoch is entered."""
+    whole = list(train(root).epoch(1))
+    assert [len(labels) for _, labels in whole] == [4, 4, 4] and whole[0][0].shape == (4, 3, 224, 224)
+    assert sorted(torch.cat([labels for _, labels in whole]).tolist()) == sorted(3 * [0, 1, 2, 3])
+    workers = train(root, "--num-workers", "2")
+    list(workers.epoch(0))
+    later = list(workers.epoch(1, 1))
+    ranks = [list(train(root, world=World(rank, 2, WORLD.device)).epoch(1)) for rank in (0, 1)]
+    for step, (images, labels) in enumerate(whole):
+        halves = [torch.cat(parts) for parts in zip(ranks[0][step], ranks[1][step], strict=True)]
+        for found in (halves, *([later[step - 1]] if step else [])):
+            assert torch.equal(found[0], images) and torch.equal(found[1], labels)
+    assert not torch.equal(next(iter(train(root).epoch(2)))[0], whole[0][0])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unreadable_image_stops_with_its_path(damaged, workers):
+    with pytest.raises(UserError, match=damaged[1]):
+        list(train(damaged[0], "--num-workers", workers).epoch(0))
+
+
+def test_unreadable_images_are_skipped_and_named(damaged, capsys):
+    """In training another image takes the place, in the test the image is left out."""
+    found = list(train(damaged[0], "--skip-bad-images").epoch(0))
+    assert sum(len(labels) for _, labels in found) == 12
+    told = capsys.readouterr().err
+    assert "skipped 1 unreadable images" in told and damaged[1] in told
+    test = imagefiles.load_test(arguments(damaged[0], "--skip-bad-images"), WORLD)
+    assert [labels.tolist() for _, labels in test] == [[0, 2, 3]] and test.total == 4
+
+
+def test_decoding_a_batch_in_one_call(root):
+    """The path of --decode device, on the CPU: the same crops, also where a file needs another decoder."""
+    files, flip = imagefiles.find(root, "train"), train(root).images.transform
+    items = [(index, (0, 0, index)) for index in range(4)]
+    expected = imagefiles.collate([imagefiles.Images(files, flip, False)[item] for item in items])
+    encoded = imagefiles.EncodedImages(files, flip, False)
+    contents, labels, kept = imagefiles.collate_encoded([encoded[item] for item in items])
+    images = io.decode_jpeg(contents, io.ImageReadMode.RGB)
+    assert kept == items and len(images) == 4
+    contents[1] = torch.zeros(3, dtype=torch.uint8)  # what the decoder refuses is read from its file
+    for given in (contents, [io.read_file(path.decode()) for path in files.paths[:4]]):
+        found = encoded.decoded(given, labels, items, torch.device("cpu"))
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[2] == []
+    with pytest.raises(UserError, match="needs a GPU"):
+        train(root, "--decode", "device")
+
+
+def test_missing_folder(tmp_path, capsys):
+    assert status("train_online_kd_imagenet", "--data", tmp_path, "--checkpoint-dir", tmp_path) == 2
+    assert "no images" in capsys.readouterr().err
+
+
+def test_the_published_recipe():
+    from train_teacher_imagenet import parse_args
+
+    args = parse_args(["--freezed", "--pretrained-backbone", "x", "--gpu", "0,1", "--manual", "0"])
+    assert (args.init_lr, args.weight_decay, args.batch_size, args.epochs) == (0.1, 1e-4, 256, 100)
+    assert args.milestones == [30, 60, 90] and args.arch == "resnet34_imagenet_aux" and not args.tag
+
+
+def test_scripts(root, tmp_path, capsys):
+    """Teacher on torchvision's backbone, student, online pair: two steps each; then test_model.py."""
+    torch.save(torchvision.models.resnet34(num_classes=4).state_dict(), tmp_path / "resnet34.pth")
+    common = ["--data", root, "--num-workers", 1, "--batch-size", 2, "--limit-batches", 2, "--amp", "off"]
+    training = [*common, "--epochs", 1, "--init-lr", 0.001, "--checkpoint-dir", tmp_path]
+    run("train_teacher_imagenet", *training, "--freezed", "--pretrained-backbone", tmp_path / "resnet34.pth")
+    teacher = tmp_path / "train_teacher_imagenet_arch_resnet34_aux_dataset_imagenet_seed0"
+    run("train_student_imagenet", *training, "--tcheckpoint", teacher / "resnet34_imagenet_aux_best.pth.tar")
+    run("train_online_kd_imagenet", *training)
+    student = tmp_path / "train_student_imagenet_tarch_resnet34_aux_arch_resnet18_aux_dataset_imagenet_seed0"
+    weights = student / "resnet18_imagenet_aux_best.pth.tar"
+    capsys.readouterr()
+    network = ["--arch", "resnet18_imagenet_aux", "--student-weights", weights]
+    run("test_model", *common, "--dataset", "imagenet", *network)
+    assert "images: 4" in capsys.readouterr().out

@@ -1,0 +1,330 @@
+"""Runs: interrupted and resumed to the bit, folders that are never overwritten, best and last, logs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import scripts
+import torch
+from scripts import QUICK, QUICK_RUN, log_lines, run, save_teacher, status
+
+import engine
+import models
+import utils
+
+ROOT = Path(__file__).parents[1]
+TEACHER_RUN = "train_teacher_cifar_arch_resnet8_aux_dataset_digits_seed0"
+STUDENT_RUN = "train_student_cifar_tarch_resnet8_aux_arch_resnet8_aux_dataset_digits_seed0"
+# Warm-up and a milestone, so that the rate differs at every step and epoch.
+SCHEDULE = ("--epochs", "3", "--milestones", "2", "--warmup-epoch", "1")
+TEACHER = (
+    "--arch",
+    "resnet8_aux",
+    *SCHEDULE,
+    "--amp",
+    "off",
+    "--dataset",
+    "digits",
+    "--batch-size",
+    "4",
+    "--limit-batches",
+    "6",
+)
+STUDENT = (*QUICK, *SCHEDULE, "--arch", "resnet8_aux", "--tarch", "resnet8_aux")
+
+
+@pytest.fixture(scope="module")
+def whole_teacher(tmp_path_factory):
+    """Return the folder of a teacher's run that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("train_teacher_cifar", *TEACHER, "--checkpoint-dir", folder)
+    return folder / TEACHER_RUN
+
+
+def checkpoint(folder):
+    """Return a run folder's last checkpoint."""
+    return torch.load(folder / "resnet8_aux.pth.tar", weights_only=True)
+
+
+def same(a, b):
+    """Say whether two checkpoints' contents are equal to the bit."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(found, expected):
+    """Check that two run folders hold the same run to the bit, whatever their timings and places."""
+    found_state, expected_state = checkpoint(found), checkpoint(expected)
+    for key in ("net", "optimizer", "objective", "best", "acc", "epoch", "rng", "order", "scaler"):
+        assert same(found_state[key], expected_state[key]), key
+    assert log_lines(found) == log_lines(expected)
+    best = [torch.load(folder / "resnet8_aux_best.pth.tar", weights_only=True)["net"] for folder in (found, expected)]
+    assert same(*best)
+
+
+def interrupt(monkeypatch, script, argv, epoch, step):
+    """Run a script and ask it to stop after `step` steps of `epoch` (from 0), as a signal does."""
+    seen = []
+
+    def agreed(self, world, done, steps):
+        seen.append(done == 1)
+        return sum(seen) == epoch + 1 and done == step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.StopSignal, "agreed", agreed)
+        with pytest.raises(SystemExit) as stop:
+            run(script, *argv)
+    assert stop.value.code == 143
+
+
+# ---- interrupted and resumed
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_run_resumes_to_the_bit(number, whole_teacher, tmp_path):
+    argv = [*TEACHER, "--checkpoint-dir", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "train_teacher_cifar.py", *argv], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / TEACHER_RUN
+    deadline = time.monotonic() + 120
+    while not (folder / "resnet8_aux.pth.tar").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    stopped_at = checkpoint(folder)["order"]
+    if number == signal.SIGTERM:
+        assert process.returncode == 143 and "go on with --resume" in output
+        assert stopped_at["epoch"] in (1, 2) and stopped_at["step"] > 0
+    else:
+        assert process.returncode == -signal.SIGKILL and stopped_at["epoch"] in (1, 2)
+    run("train_teacher_cifar", *argv, "--resume")
+    assert_same_run(folder, whole_teacher)
+
+
+def test_dpcd_resumes_to_the_bit_with_its_running_state(tmp_path, monkeypatch):
+    teacher = save_teacher(tmp_path / "t.pth")
+    argv = [*STUDENT, "--tcheckpoint", teacher, "--method", "dpcd", "--history", "5", "--checkpoint-dir"]
+    run("train_student_cifar", *argv, tmp_path / "whole")
+    interrupted = [*argv, tmp_path / "interrupted"]
+    interrupt(monkeypatch, "train_student_cifar", interrupted, epoch=1, step=1)
+    folder = tmp_path / "interrupted" / STUDENT_RUN
+    middle = checkpoint(folder)
+    assert middle["order"] == {"seed": 0, "epoch": 1, "step": 1} and middle["objective"][0]["count"] == 12
+    # And once more, between the last step of an epoch and its test.
+    interrupt(monkeypatch, "train_student_cifar", [*interrupted, "--resume"], epoch=-1, step=2)
+    assert checkpoint(folder)["order"]["step"] == 2
+    run("train_student_cifar", *interrupted, "--resume")
+    assert_same_run(folder, tmp_path / "whole" / STUDENT_RUN)
+
+
+def test_crash_between_log_and_checkpoint_logs_each_epoch_once(tmp_path, monkeypatch, whole_teacher):
+    argv = [*TEACHER, "--checkpoint-dir", tmp_path]
+    save = engine.Run.save
+    for epoch in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.Run, "save", lambda run, best=False, n=epoch: save(run, best) if run.epoch < n else 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run("train_teacher_cifar", *argv, *(["--resume"] if epoch > 1 else []))
+        assert len(log_lines(tmp_path / TEACHER_RUN)) == epoch
+    with open(tmp_path / TEACHER_RUN / "log.jsonl", "a") as file:
+        file.write('{"epoch": 3, "half a li')
+    run("train_teacher_cifar", *argv, "--resume")
+    assert_same_run(tmp_path / TEACHER_RUN, whole_teacher)
+
+
+def test_finished_run_resumed_stays_as_it_is(whole_teacher, capsys):
+    before = checkpoint(whole_teacher)
+    run("train_teacher_cifar", *TEACHER, "--checkpoint-dir", whole_teacher.parent, "--resume")
+    assert same(checkpoint(whole_teacher)["net"], before["net"]) and len(log_lines(whole_teacher)) == 3
+    assert "best top-1" in capsys.readouterr().out
+
+
+def test_accumulated_batch_is_the_batch_of_a_backbone_without_batch_statistics():
+    """Each part's loss counts by its share of the batch, so that uneven parts weigh every image alike."""
+    import argparse
+
+    from torch import nn
+
+    import losses
+
+    gradients = []
+    for parts in (1, 3):
+        torch.manual_seed(0)
+        args = argparse.Namespace(
+            script="s", arch="resnet8", dataset="digits", manual_seed=0, tag=None, checkpoint_dir="/nowhere", amp="off",
+            accumulate=parts, init_lr=1.0, weight_decay=0.0, sync_bn=False, compile=False,
+        )  # fmt: skip
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+        job = engine.Run(args, scripts.WORLD, model, losses.CrossEntropyLoss(), None)
+        job.prepare()
+        job.step(torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(7), 0)
+        gradients.append(model[1].weight.detach().clone())
+    torch.testing.assert_close(*gradients)
+
+
+# ---- folders
+
+
+def test_folder_that_holds_a_run_is_not_overwritten(whole_teacher, capsys):
+    here = ["--checkpoint-dir", whole_teacher.parent]
+    before = {path.name: path.read_bytes() for path in whole_teacher.iterdir() if path.is_file()}
+    assert status("train_teacher_cifar", *TEACHER, *here) == 2
+    error = capsys.readouterr().err
+    assert "--resume" in error and "--tag" in error and str(whole_teacher) in error
+    for change, said in (
+        (["--init-lr", "0.2"], "init_lr 0.05 -> 0.2"),
+        (["--milestones", "1"], "milestones [2] -> [1]"),
+        (["--batch-size", "5"], "batch_size 4 -> 5"),
+    ):
+        assert status("train_teacher_cifar", *TEACHER, *here, "--resume", *change) == 2
+        error = capsys.readouterr().err
+        assert said in error and "--tag" in error
+    (whole_teacher / "args.json").rename(whole_teacher / "moved")
+    assert status("train_teacher_cifar", *TEACHER, *here, "--resume") == 2
+    (whole_teacher / "moved").rename(whole_teacher / "args.json")
+    assert before == {path.name: path.read_bytes() for path in whole_teacher.iterdir() if path.is_file()}
+
+
+def test_tag_names_another_folder(tmp_path):
+    for tag in ("a", "b"):
+        run("train_baseline_cifar", *QUICK_RUN, "--arch", "resnet8", "--checkpoint-dir", tmp_path, "--tag", tag)
+    base = "train_baseline_cifar_arch_resnet8_dataset_digits_seed0"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{base}_a", f"{base}_b"}
+
+
+def test_folder_in_use_is_refused(tmp_path, capsys):
+    import fcntl
+
+    folder = tmp_path / TEACHER_RUN
+    folder.mkdir()
+    with open(folder / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert status("train_teacher_cifar", *TEACHER, "--checkpoint-dir", tmp_path) == 2
+    assert "another process is training in this folder" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert status("train_teacher_cifar", *TEACHER, "--checkpoint-dir", tmp_path / "file") == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_damaged_last_checkpoint_is_told(tmp_path, capsys):
+    argv = [*QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    run("train_teacher_cifar", *argv)
+    last = tmp_path / TEACHER_RUN / "resnet8_aux.pth.tar"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert status("train_teacher_cifar", *argv, "--resume") == 2
+    assert "resnet8_aux.pth.tar: corrupt" in capsys.readouterr().err
+    save_teacher(last)
+    assert status("train_teacher_cifar", *argv, "--resume") == 2
+    assert "no checkpoint of this project to resume from" in capsys.readouterr().err
+
+
+# ---- best and last, validation, evaluation
+
+
+def scripted_accuracies(monkeypatch, values):
+    """Make the tests of successive epochs give these top-1 accuracies on (test, val)."""
+    given = iter(values)
+
+    def evaluate(model, batches, device, dtype=None, heads=False):
+        accuracies = next(given)
+        return {"loss": 0.0, "top1": accuracies, "top5": 100.0}
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+
+
+def test_best_and_last(tmp_path, monkeypatch, capsys):
+    scripted_accuracies(monkeypatch, [10.0, 30.0, 20.0])
+    argv = [*QUICK, "--epochs", "3", "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    run("train_teacher_cifar", *argv)
+    output = capsys.readouterr().out
+    assert "best top-1 30.00 at epoch 2 (selected on the test set), last 20.00" in output
+    folder = tmp_path / TEACHER_RUN
+    best = torch.load(folder / "resnet8_aux_best.pth.tar", weights_only=True)
+    assert (best["epoch"], best["acc"]) == (2, 30.0)
+    assert (checkpoint(folder)["epoch"], checkpoint(folder)["acc"], checkpoint(folder)["best"]["acc"]) == (3, 20.0, 30.0)
+    assert [line["best/top1"] for line in log_lines(folder)] == [10.0, 30.0, 30.0]
+    assert not same(best["net"], checkpoint(folder)["net"])
+
+
+def test_held_out_images_select(tmp_path, monkeypatch, capsys):
+    # Per epoch the accuracy on the held-out images, then that on the test images.
+    scripted_accuracies(monkeypatch, [50.0, 10.0, 40.0, 90.0])
+    argv = [*QUICK, "--epochs", "2", "--arch", "resnet8_aux", "--val-split", "0.2", "--checkpoint-dir", tmp_path]
+    run("train_teacher_cifar", *argv)
+    assert "best top-1 50.00 at epoch 1 (selected on held-out training images), last 90.00" in capsys.readouterr().out
+    assert torch.load(tmp_path / TEACHER_RUN / "resnet8_aux_best.pth.tar", weights_only=True)["epoch"] == 1
+    assert {"val/top1", "test/top1"} <= log_lines(tmp_path / TEACHER_RUN)[0].keys()
+
+
+def test_evaluate_tests_the_best_weights_and_writes_nothing(whole_teacher, capsys, tmp_path):
+    before = {path.name: path.stat().st_mtime_ns for path in whole_teacher.iterdir()}
+    run("train_teacher_cifar", *TEACHER, "--checkpoint-dir", whole_teacher.parent, "--evaluate")
+    output = capsys.readouterr().out
+    assert "resnet8_aux_best.pth.tar" in output and "aux3_joint" in output
+    top1 = float(output.split(" top1 ")[1].split(",")[0])
+    assert top1 == round(max(line["test/top1"] for line in log_lines(whole_teacher)), 2)
+    assert before == {path.name: path.stat().st_mtime_ns for path in whole_teacher.iterdir()}
+    assert status("train_teacher_cifar", *TEACHER, "--checkpoint-dir", tmp_path, "--evaluate") == 2
+    assert "no such file" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_log_holds_every_term_and_every_heads_accuracy(whole_teacher):
+    first, *_, last = log_lines(whole_teacher)
+    heads = [f"aux{n}_{kind}" for n in (1, 2, 3) for kind in ("joint", "class")]
+    assert {
+        "epoch",
+        "lr",
+        "train/loss",
+        "train/task",
+        "train/aux",
+        "train/top1",
+        "test/top1",
+        "test/top5",
+        "test/loss",
+    } <= first.keys()
+    assert {f"train/{name}" for name in heads} <= first.keys()
+    assert {f"test/{name}" for name in heads} <= last.keys()
+    assert first["train/loss"] == pytest.approx(first["train/task"] + first["train/aux"])
+    assert [line["epoch"] for line in log_lines(whole_teacher)] == [1, 2, 3]
+    assert last["lr"] == pytest.approx(0.005)
+    stored = json.loads((whole_teacher / "args.json").read_text())
+    assert (stored["arch"], stored["init_lr"], stored["script"]) == ("resnet8_aux", 0.05, "train_teacher_cifar")
+
+
+def test_schedule():
+    from argparse import Namespace
+
+    args = Namespace(init_lr=0.1, warmup_epoch=2, milestones=[3, 5])
+    rates = [utils.learning_rate(args, epoch) for epoch in range(7)]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert utils.learning_rate(args, 1, 0.5) == pytest.approx(0.075)
+
+
+def test_frozen_backbone_is_the_pretrained_one_to_the_bit_after_training(tmp_path):
+    weights = save_teacher(tmp_path / "backbone.pth", "resnet8")
+    argv = [*QUICK, "--epochs", "2", "--milestones", "1", "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    run("train_teacher_cifar", *argv, "--freezed", "--pretrained-backbone", weights)
+    (folder,) = tmp_path.glob("train_teacher_cifar*")
+    state = checkpoint(folder)["net"]
+    start = torch.load(weights, weights_only=True)["net"]
+    assert all(torch.equal(state[f"backbone.{key}"], value) for key, value in start.items())
+    assert "train/task" not in log_lines(folder)[0]
+    torch.manual_seed(0)
+    begun = models.create("resnet8_aux", 10).state_dict()
+    assert all(not torch.equal(value, begun[key]) for key, value in state.items() if ".fc" in key and "auxiliary" in key)

@@ -1,0 +1,207 @@
+"""eval_rep.py: a linear classifier on frozen features, its augmentation and its data sets."""
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import log_lines, run, status
+from torchvision.datasets import STL10
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as tv
+
+import augment
+import eval_rep
+import models
+import utils
+
+PREPROCESS = Path(__file__).resolve().parent.parent / "data" / "preprocess_tinyimagenet.py"
+QUICK = ("--batch-size", "4", "--epochs", "1", "--amp", "off", "--num-workers", "1")
+CIFAR = [name for name in models.names() if models.backbone_name(name) == name and not models.is_imagenet(name)]
+
+
+def random_images(count, size):
+    """Return (count, 3, size, size) uint8."""
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def as_pil(image):
+    """Return a (3, S, S) uint8 tensor as an image."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def as_tensor(image):
+    """Return an image as a (3, S, S) float tensor."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+# ---- augmentation
+
+
+@pytest.mark.parametrize("source", [32, 64, 96])
+def test_resized_crops_and_flips_are_torchvisions(source):
+    """Within PIL's two roundings (one of each pass) for small, large and whole boxes."""
+    images, crops = random_images(40, source), augment.ResizedCropFlip(source, 32)
+    draws = crops.draw(40, torch.Generator().manual_seed(0))
+    draws[:2, :4] = torch.tensor([[0, 0, source, source], [3, 1, 19, 23]])
+    assert draws[:, 4].unique().tolist() == [0, 1]
+    for image, (top, left, height, width, flip), found in zip(images, draws.tolist(), crops.apply(images, draws), strict=True):
+        expected = tv.resized_crop(as_pil(image), top, left, height, width, [32, 32], InterpolationMode.BILINEAR)
+        expected = tv.hflip(expected) if flip else expected
+        assert (as_tensor(expected) - found).abs().max() <= 1.001
+
+
+@pytest.mark.parametrize("source", [64, 96])
+def test_test_images_are_resized_as_torchvision_does(source):
+    images = random_images(5, source)
+    for image, found in zip(images, augment.resize(images, 32), strict=True):
+        assert found.dtype == torch.uint8
+        assert (as_tensor(tv.resize(as_pil(image), [32, 32])) - found.float()).abs().max() <= 1
+
+
+def test_boxes_have_torchvisions_distribution():
+    """Quantiles of corner, sides, area and ratio of 4,000 boxes each, in units of the image's side or area."""
+    found = augment.ResizedCropFlip(96, 32).draw(4000, torch.Generator().manual_seed(0))[:, :4].float()
+    torch.manual_seed(0)
+    image = torch.empty(3, 96, 96)
+    wanted = torch.tensor([RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]).float()
+    shares = torch.arange(0.1, 1, 0.1)
+    for measure in (
+        *(lambda boxes, i=i: boxes[:, i] / 96 for i in range(4)),
+        lambda boxes: boxes[:, 2] * boxes[:, 3] / 96**2,
+        lambda boxes: boxes[:, 3] / boxes[:, 2],
+    ):
+        assert (measure(found).quantile(shares) - measure(wanted).quantile(shares)).abs().max() < 0.03
+
+
+def test_a_box_that_never_fits_is_the_whole_image_and_flips_can_be_off():
+    draws = augment.ResizedCropFlip(64, 32, scale=(2.0, 3.0), flip=False).draw(9, torch.Generator().manual_seed(0))
+    assert draws.tolist() == [[0, 0, 64, 64, 0]] * 9
+
+
+# ---- the frozen network
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_only_the_new_head_of_every_backbone_trains(name):
+    """The encoder has no gradient, no training mode and no part of its old classifier in the result."""
+    backbone = models.create(name, 5)
+    with torch.no_grad():
+        backbone.head.weight.fill_(float("nan"))
+    probe = eval_rep.LinearProbe(backbone, 7).train()
+    assert not any(module.training for module in probe.encoder.modules())
+    logits = probe(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert {key for key, value in probe.named_parameters() if value.grad is not None} == {"head.weight", "head.bias"}
+    assert logits.isfinite().all()
+
+
+@pytest.fixture
+def stl10(tmp_path, monkeypatch):
+    """Write 20 images as the binary files of STL-10's archive, classes counted from 1; return their folder."""
+    folder = tmp_path / "data" / "stl10_binary"
+    folder.mkdir(parents=True)
+    (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)) + "\n")
+    for split in ("train", "test"):
+        random_images(20, 96).numpy().tofile(folder / f"{split}_X.bin")
+        (np.arange(20) % 10 + 1).astype(np.uint8).tofile(folder / f"{split}_y.bin")
+    monkeypatch.setattr(STL10, "_check_integrity", lambda self: True)
+    return f"{folder.parent}/"
+
+
+def save(path, network):
+    """Write a network's weights after it has seen a batch, so that its BatchNorm statistics are not the initial ones."""
+    network.train()(torch.randn(4, 3, 32, 32))
+    torch.save({"net": network.state_dict(), "acc": 0.0, "epoch": 1}, path)
+    return path
+
+
+SOURCES = {
+    "baseline": ("resnet8", 100, 4, "", ()),
+    "teacher": ("resnet8_aux", 10, 4, "backbone.", ()),
+    "dpcd student": ("resnet8_aux", 100, 1, "backbone.", ()),
+    "first of a pair": ("resnet8_resnet8", 100, 4, "net1.backbone.", ()),
+    "second of a pair": ("resnet8_resnet8", 100, 4, "net2.backbone.", ("--net", "2")),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_backbone_is_unchanged_to_the_bit(tmp_path, stl10, source):
+    """On STL-10, from every kind of weights and under the name that they were trained by."""
+    name, num_classes, rotations, prefix, flags = SOURCES[source]
+    torch.manual_seed(1)
+    path = save(tmp_path / "a.pth.tar", models.create(name, num_classes, rotations))
+    command = ("--arch", name, "--dataset", "STL-10", "--data", stl10, "--s-path", path, *flags, *QUICK)
+    run("eval_rep", *command, "--checkpoint-dir", tmp_path)
+    folder = tmp_path / "eval_rep_arch_resnet8_dataset_stl10_seed0"
+    found = utils.read_checkpoint(folder / "resnet8.pth.tar")["net"]
+    before = {k.removeprefix(prefix): v for k, v in torch.load(path)["net"].items() if k.startswith(prefix)}
+    after = {k.removeprefix("encoder."): v for k, v in found.items() if k.startswith("encoder.")}
+    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert found["head.weight"].shape == (10, 64) and log_lines(folder)[0]["test/top1"] % 5 == 0  # of 20 images
+
+
+def test_resumed_classifier_is_the_uninterrupted_one(tmp_path, stl10):
+    path = save(tmp_path / "a.pth.tar", models.create("resnet8", 10))
+    command = ("--arch", "resnet8", "--dataset", "STL-10", "--data", stl10, "--s-path", path, *QUICK)
+    for folder, *flags in (("a", "--epochs", 2), ("b",), ("b", "--epochs", 2, "--resume")):
+        run("eval_rep", *command, *flags, "--checkpoint-dir", tmp_path / folder)
+        gc.collect()  # the folder's lock lives as long as the run, which another process would have ended
+    name = "eval_rep_arch_resnet8_dataset_stl10_seed0/resnet8.pth.tar"
+    straight, resumed = (utils.read_checkpoint(tmp_path / folder / name)["net"] for folder in "ab")
+    assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
+
+
+# ---- TinyImageNet
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """Write a TinyImageNet of two classes, dark and bright, in the original layout; return its folder."""
+    root, lines = tmp_path / "tiny-imagenet-200", []
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "wnids.txt").write_text("n02\nn01\n")
+    for i in range(8):
+        name = f"n0{i % 2 + 1}"
+        image = Image.new("RGB" if i else "L", (64, 64), (20 + 200 * (i % 2),) * 3 if i else 20)
+        (root / "train" / name / "images").mkdir(parents=True, exist_ok=True)
+        image.save(root / "train" / name / "images" / f"{name}_{i}.JPEG")
+        image.save(root / "val" / "images" / f"val_{i}.JPEG")
+        lines.append(f"val_{i}.JPEG\t{name}\t0\t0\t62\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    return root
+
+
+def test_tiny_imagenet_from_the_archive_to_a_classifier(tmp_path, tiny_imagenet, capsys):
+    """One line names the preprocessing script; after it the command runs, and classes that differ in brightness part."""
+    path = save(tmp_path / "a.pth.tar", models.create("resnet8_aux", 100))
+    data = ("--dataset", "TinyImageNet", "--data", f"{tiny_imagenet}/", "--s-path", path)
+    command = ("--arch", "resnet8", *data, *QUICK, "--epochs", 8, "--checkpoint-dir", tmp_path)
+    assert status("eval_rep", *command) == 2
+    assert "preprocess_tinyimagenet.py" in capsys.readouterr().err.splitlines()[-1]
+    subprocess.run([sys.executable, PREPROCESS, tiny_imagenet], check=True, capture_output=True)
+    run("eval_rep", *command)
+    assert log_lines(tmp_path / "eval_rep_arch_resnet8_dataset_tinyimagenet_seed0")[-1]["test/top1"] == 100
+
+
+# ---- the command line
+
+
+def test_published_recipe_is_the_default():
+    """The published command of the README, with the learning rate of the linear classifier, not of MobileNetV2."""
+    args = eval_rep.parse_args(["--arch", "mobilenetV2", "--dataset", "STL-10", "--data", "./data/", "--s-path", "a"])
+    assert (args.dataset, args.init_lr, args.weight_decay, args.batch_size) == ("stl10", 0.1, 0.0, 64)
+    assert (args.epochs, args.milestones, args.arch) == (100, [30, 60, 90], "mobilenetV2")
+
+
+@pytest.mark.parametrize("flags", [("--arch", "resnet18_imagenet"), ("--arch", "resnet56"), ("--s-path", "absent")])
+def test_mistakes_are_one_line(tmp_path, capsys, flags):
+    path = save(tmp_path / "a.pth.tar", models.create("resnet8", 10))
+    assert status("eval_rep", "--arch", "resnet8", "--s-path", path, "--checkpoint-dir", tmp_path, *flags) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "no GPU" not in line]
+    assert len(errors) == 1 and errors[0].startswith("eval_rep")
