@@ -152,7 +152,8 @@ def fail(text, status, wait=False):
     if wait or int(os.environ.get("RANK", 0)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE)
-    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+    if not (wait and "TORCHELASTIC_RUN_ID" in os.environ):  # torchrun tells which process ended
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         sys.stdout.flush()
         os._exit(status)  # an orderly end would wait for the other processes

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from scripts import WORLD, run
 
 import batches
 import datasets
@@ -23,7 +24,6 @@ import models
 import train_teacher_cifar
 import utils
 from losses import TeacherLoss
-from scripts import WORLD, run
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from scripts import WORLD, run, status
 from torchvision import io
 
 import imagefiles
 import options
 from distributed import World
-from scripts import WORLD, run, status
 from utils import UserError
 
 CHANNELS = {"RGB": 3, "L": 1, "CMYK": 4}
