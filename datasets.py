@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from sklearn.model_selection import StratifiedShuffleSplit
 from torch.nn import functional as F
 
 from utils import UserError
@@ -57,6 +56,8 @@ def stratified_share(labels, ratio):
     """
     if ratio == 1:
         return torch.arange(len(labels))
+    from sklearn.model_selection import StratifiedShuffleSplit  # a second of import that most runs do not need
+
     splitter = StratifiedShuffleSplit(n_splits=1, test_size=1 - ratio, random_state=0)
     try:
         kept, _ = next(splitter.split(np.zeros(len(labels)), labels.numpy()))

@@ -73,7 +73,8 @@ class Run:
         """Take one optimizer step on a batch, computed in `--accumulate` parts."""
         parts = min(self.args.accumulate, len(images))
         chunks = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
-        torch.compiler.cudagraph_mark_step_begin()  # before it, the last step's CUDA graph outputs are not overwritten
+        if self.args.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # before it, the last step's CUDA graph outputs are not overwritten
         for number, (x, y) in enumerate(chunks, 1):
             waiting = self.world.size > 1 and number < len(chunks)
             with self.wrapped.no_sync() if waiting else contextlib.nullcontext():
