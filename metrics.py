@@ -2,6 +2,7 @@
 
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from distributed import sum_over_ranks
 from losses import joint_labels, rotate
@@ -129,3 +130,20 @@ def evaluate(model, batches, device, dtype=None, heads=False):
         means["top1"] = means[f"net{means['net']}/top1"]
         means["top5"] = means[f"net{means['net']}/top5"]
     return means
+
+
+def multiply_adds(network, size):
+    """Return the multiply-adds of one forward pass of an image of `size` pixels a side."""
+    image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    return counter.get_total_flops() // 2
+
+
+def cost(network, size):
+    """Return name -> parameters and multiply-adds, of the backbone and with the auxiliary classifiers."""
+    parts = {"backbone": getattr(network, "backbone", network), "with_heads": network}
+    return {
+        name: {"parameters": sum(p.numel() for p in part.parameters()), "multiply_adds": multiply_adds(part, size)}
+        for name, part in parts.items()
+    }

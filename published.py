@@ -55,7 +55,8 @@ def published_student(label, args, table):
     row = {"hsakd": "HSAKD_joint" if joint else "HSAKD", "kd": "KD", "dpcd": "DPCD"}.get(method, method)
     if args.get("few_ratio") is not None:
         block = table.get(f"cifar100_few_shot_{pair}", {"ratio": []})
-        ratios = dict(zip(block["ratio"], block.get(row.removesuffix("_joint"), []), strict=False))
+        values = block.get(row.removesuffix("_joint"), [None] * len(block["ratio"]))
+        ratios = dict(zip(block["ratio"], values, strict=True))
         return ratios.get(float(args["few_ratio"])), method == "hsakd"
     if args.get("dataset") == "imagenet":
         return table.get(f"imagenet_{pair}", {}).get(row, [None])[0], row == "HSAKD_joint"

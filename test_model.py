@@ -9,14 +9,13 @@ import json
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import batches
 import distributed
 import models
 import options
 import utils
-from metrics import evaluate
+from metrics import cost, evaluate
 from precision import resolve_precision
 
 METHODS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (heads over class and rotation)"}
@@ -36,28 +35,11 @@ def parse_args(argv=None):
     return args
 
 
-def multiply_adds(network, size):
-    """Return the multiply-adds of one forward pass of an image of `size` pixels a side."""
-    image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image)
-    return counter.get_total_flops() // 2
-
-
-def cost(network, size):
-    """Return name -> parameters and multiply-adds, of the backbone and with the auxiliary classifiers."""
-    parts = {"backbone": getattr(network, "backbone", network), "with_heads": network}
-    return {
-        name: {"parameters": sum(p.numel() for p in part.parameters()), "multiply_adds": multiply_adds(part, size)}
-        for name, part in parts.items()
-    }
-
-
 def export_backbone(network, result, path):
     """Write the backbone's weights in the layout of a checkpoint."""
     backbone = getattr(network, "backbone", network)
     about = {"arch": models.backbone_name(result["arch"]), "num_classes": result["num_classes"], "acc": result["top1"]}
-    utils.save_checkpoint({"net": utils.to_cpu(backbone.state_dict()), "epoch": result["epoch"], **about}, path)
+    utils.save_checkpoint({"net": utils.to_cpu(backbone.state_dict()), "epoch": result.get("recorded_epoch"), **about}, path)
 
 
 def main(args, world):
@@ -78,7 +60,7 @@ def main(args, world):
         "dataset": args.dataset,
         "num_classes": num_classes,
         "method": content.get("method") or METHODS[rotations if models.is_aux(args.arch) else None],
-        "epoch": content.get("epoch"),
+        **{f"recorded_{key}": content[key] for key in ("epoch", "acc") if isinstance(content.get(key), (int, float))},
         "images": images.total,
         **evaluate(network, images, world.device, precision, heads=True),
         **cost(network, images.size),

@@ -23,6 +23,8 @@ from torchvision import datasets, transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import imagefiles  # noqa: E402
+import metrics  # noqa: E402
+import models  # noqa: E402
 from distributed import World  # noqa: E402
 
 BATCH = 50
@@ -68,12 +70,24 @@ def speed(batches, cores=time.process_time):
     return count / (cores() - began)
 
 
+def needed(flops):
+    """Yield lines of how many images a second ResNet-34 -> ResNet-18 trains on, at a device's `flops` a second.
+
+    An image is four views; a trained network costs three forward passes a view, a frozen teacher one.
+    """
+    teacher, student = (models.create(f"resnet{depth}_imagenet_aux", 1000).eval() for depth in (34, 18))
+    cost_teacher, cost_student = (8 * metrics.multiply_adds(network, 224) for network in (teacher, student))
+    for name, cost in (("joint teacher", 3 * cost_teacher), ("student", cost_teacher + 3 * cost_student)):
+        yield f"needed by the {name} ({cost / 1e9:.0f} GFLOP an image): {flops / cost:.0f} images/s"
+
+
 def main():
     """Measure in turns and print both speeds, their ratio and its spread."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of <class>/*.JPEG")
     parser.add_argument("--images", type=int, default=2000, help="files to replicate them to")
     parser.add_argument("--rounds", type=int, default=7, help="turns of the two loaders; the first is not counted")
+    parser.add_argument("--tflops", type=float, default=400.0, help="what the networks' device computes, for their need")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=Path(args.data).resolve().parent) as root:
@@ -94,6 +108,7 @@ def main():
         ratios = sorted(speed / turn[0] for speed, turn in zip(speeds, found, strict=True))
         spread = f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(f"{name:30}{statistics.median(speeds):6.0f}   {spread}")
+    print(f"at {args.tflops:g} TFLOP/s", *needed(args.tflops * 1e12), sep="\n")
 
 
 if __name__ == "__main__":

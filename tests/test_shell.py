@@ -18,7 +18,7 @@ WEIGHTS = ("tcheckpoint", "student_weights", "s_path", "pretrained_backbone")
 STUB = '#!/bin/sh\nfor word; do printf "%s\\t" "$word"; done\necho\n'
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def commands(tmp_path_factory):
     """Return {.sh file: [parsed arguments of a line]}; a `python` that prints its arguments stands in for the real one."""
     folder = tmp_path_factory.mktemp("bin")
@@ -50,7 +50,7 @@ def parse(script, argv):
         pytest.fail(f"{script} {' '.join(argv)}: rejected")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def written(commands):
     """Return {path of weights: arguments of the training line that writes them}."""
     files = {}
