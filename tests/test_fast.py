@@ -104,14 +104,17 @@ def aot_eager(monkeypatch):
 
 
 def test_default_step_has_the_plain_steps_loss_and_gradients(tmp_path):
-    """Channels-last and the folded teacher stay within float32's rounding."""
+    """Channels-last and the folded teacher stay within float32's rounding, the contract's own 1e-4 for gradients.
+
+    Rounding through BatchNorm's batch statistics is a few 1e-5 and changes with the number of threads.
+    """
     run = prepared(tmp_path)
     images, labels = next(run.data.train.epoch(0))
     assert images.is_contiguous(memory_format=torch.channels_last)
     loss, found = gradients(run, images, labels)
     expected_loss, expected = plain_gradients(images, labels)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert distance(found, expected) < 1e-5
+    assert distance(found, expected) < 1e-4
 
 
 def test_bfloat16_step_is_no_further_from_float32_than_plain_autocast(tmp_path):
