@@ -67,6 +67,8 @@ def finish(parser, argv=None):
     for name in ("arch", "tarch"):
         if models.is_pair(getattr(args, name)):
             parser.error(f"--{name} {getattr(args, name)} is a mutual pair: name one of its networks")
+    if args.method == "dpcd" and args.accumulate > 1:
+        parser.error("--accumulate has no part in --method dpcd: its running confidence is of whole batches")
     if args.method in ("kd", "dkd"):
         # These losses use class logits alone, so the name of an auxiliary network stands for its backbone.
         args.arch = models.backbone_name(args.arch)

@@ -8,6 +8,7 @@ import pickle
 import platform
 import random
 import re
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,9 @@ FREE_ARGUMENTS = {
     "data", "checkpoint_dir", "num_workers", "gpu_id", "resume", "evaluate", "epochs", "dist_url", "dist_backend",
     "world_size", "rank", "multiprocessing_distributed", "decode", "tcheckpoint", "pretrained_backbone", "skip_bad_images",
 }  # fmt: skip
+
+
+LOCK_PATIENCE = 10  # seconds that --resume waits for a killed run to let go of its folder
 
 
 class UserError(Exception):
@@ -204,10 +208,12 @@ class RunFolder:
             self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{self.path}: another process is training in this folder") from None
+        # The data workers of a killed run hold its lock until they notice, some seconds later.
+        patience = time.monotonic() + (LOCK_PATIENCE if resume else 0)
+        while not self.locked():
+            if time.monotonic() > patience:
+                raise UserError(f"{self.path}: another process is training in this folder")
+            time.sleep(0.5)
         arguments = self.path / "args.json"
         if self.last.exists() or self.log.exists():
             changed = self.changed_settings(arguments)
@@ -223,6 +229,14 @@ class RunFolder:
         """Let go of the folder, so that this process too can open it again."""
         if self.lock:
             self.lock.close()
+
+    def locked(self):
+        """Try to lock the folder for this process; return whether it is."""
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
 
     def changed_settings(self, arguments):
         """Return 'name old -> new' for each setting that shapes the result and differs from the folder's."""
