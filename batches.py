@@ -49,7 +49,7 @@ class Normaliser:
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
     def __call__(self, images):
-        return torch.addcmul(self.shift, images, self.scale).contiguous(memory_format=torch.channels_last)
+        return torch.addcmul(self.shift, images.to(torch.float32, memory_format=torch.channels_last), self.scale)
 
 
 class DeviceBatches:

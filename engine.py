@@ -51,6 +51,10 @@ class Run:
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        if device.type == "cpu":
+            fast.keep_memory()
+            if self.precision == torch.bfloat16:
+                fast.suit_cpu(self.model)
         self.wrapped = self.model
         if args.sync_bn and self.world.size > 1:
             self.wrapped = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)

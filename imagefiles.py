@@ -116,15 +116,20 @@ class EncodedImages(Images):
             found = [super(EncodedImages, self).__getitem__(item) for item in items]
             return collate([(None if image is None else image.to(device), *rest) for image, *rest in found])
         images = [transformed(image, self.transform, key) for image, (_, key) in zip(images, items, strict=True)]
-        return torch.stack(images), labels, []
+        return stacked(images), labels, []
 
 
 def collate(found):
     """Join `Images` items into (images, labels, lines about unreadable ones), without those that have no image."""
     images, labels, bad = zip(*found, strict=True)
     images, labels = ([part for part in parts if part is not None] for parts in (images, labels))
-    joined = (torch.stack(images), torch.stack(labels)) if images else (torch.zeros(0), torch.zeros(0))
+    joined = (stacked(images), torch.stack(labels)) if images else (torch.zeros(0), torch.zeros(0))
     return *joined, sum(bad, [])
+
+
+def stacked(images):
+    """Join (3, H, W) images into (B, 3, H, W) in channels-last layout, in which decoded pixels come and networks run."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def collate_encoded(found):

@@ -5,16 +5,17 @@
 
 reference: float32, NCHW, eager, PIL transforms image by image, unfused SGD, all losses and metrics read in every step.
 default:   the engine's own loop over its own batches. compile: the same with --compile.
-The images are synthetic. Ratios compare the two of the same round, so a slow spell of the machine hits both.
+The images are synthetic. Every path has a process of its own and they take turns; ratios compare the two of the same
+round, so a slow spell of the machine hits both.
 """
 
 import argparse
 import json
-from statistics import median, quantiles
+from statistics import quantiles
 
 import scaling
 import torch
-from training_paths import Ours, Peak, Reference, now, synthetic
+from training_paths import Apart
 
 import distributed
 import options
@@ -69,60 +70,43 @@ def cases(args):
     return PAIRS if args.all else [(args.tarch, args.arch)]
 
 
-def matmul_rate(device, dtype):
-    """Return the FLOP/s of a large matrix product: the median of five."""
-    side = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(7):
-        began = now(device)
-        torch.mm(left, right)
-        times.append(now(device) - began)
-    return 2 * side**3 / median(times[2:])
-
-
 def spread(values):
     """Return median and quartiles."""
     low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": middle, "quartiles": [low, high]}
 
 
-def time_rounds(paths, args, device):
+def time_rounds(paths, args):
     """Return name -> images/s of every round and name -> peak MiB, the paths taking turns."""
     speeds, peaks = {name: [] for name in paths}, {}
     for number in range(args.rounds + 1):
         for name in sorted(paths, reverse=number % 2 == 1):
-            peak, began = Peak(device), now(device)
-            paths[name].round()
-            speeds[name].append(args.batch_size * args.steps / (now(device) - began))
-            peaks[name] = peak.read()
-    # The first round warms up, and compiles.
+            seconds, peaks[name] = paths[name].ask("timed_round")
+            speeds[name].append(args.batch_size * args.steps / seconds)
+    # The first round warms up.
     return {name: found[1:] for name, found in speeds.items()}, peaks
 
 
-def measure(args, case, world):
+def measure(args, case):
     """Return the measurements of one case."""
-    image_set, device = synthetic(args, case), world.device
-    paths = {"reference": Reference(args, case, image_set, world), "default": Ours(args, case, image_set, world)}
-    if args.compile:
-        paths["compile"] = Ours(args, case, image_set, world, compiled=True)
-    speeds, peaks = time_rounds(paths, args, device)
-    ours = paths["default"]
-    precision = ours.run.precision or torch.float32
-    flops, rate = ours.flops(), matmul_rate(device, precision)
-    result = {"teacher": case[0], "arch": case[1], "batch_size": args.batch_size, "precision": str(precision)[6:], "paths": {}}
-    result.update(gflop_a_step=flops / 1e9, matmul_gflops=rate / 1e9, shares=ours.shares(device))
+    names = ["reference", "default", *["compile"] * args.compile]
+    paths = {name: Apart(name, args, case) for name in names}
+    speeds, peaks = time_rounds(paths, args)
+    result = {"teacher": case[0], "arch": case[1], "batch_size": args.batch_size, **paths["default"].ask("facts"), "paths": {}}
     for name, found in speeds.items():
         ratios = [mine / theirs for mine, theirs in zip(found, speeds["reference"], strict=True)]
         speed = spread(found)
+        gflops = result["gflop_a_step"] * speed["median"] / args.batch_size
         result["paths"][name] = {
             "images_per_second": speed,
             "ratio": spread(ratios),
             "step_ms": 1000 * args.batch_size / speed["median"],
             "peak_mib": peaks[name],
+            "start_seconds": paths[name].start_seconds,
             # A share of the rate in the default's precision; the reference computes in float32.
-            "of_matmul_rate": None if name == "reference" else flops * speed["median"] / args.batch_size / rate,
+            "of_matmul_rate": None if name == "reference" else gflops / result["matmul_gflops"],
         }
+        paths[name].close()
     return result
 
 
@@ -143,6 +127,7 @@ def row(result, name):
         ranged(path["ratio"], 2),
         "" if used is None else f"{100 * used:.0f} %",
         f"{path['peak_mib']:.0f}",
+        f"{path['start_seconds']:.1f}",
     ]
 
 
@@ -182,9 +167,10 @@ def main(args, world):
         return
     results = []
     for case in cases(args):
-        results.append(measure(args, case, world))
+        results.append(measure(args, case))
         write_json(args, {"hardware": hardware(world.device), "results": results})
-    head = ["pair", "path", "images/s (quartiles)", "ms a step", "ratio to reference", "of matrix product rate", "peak MiB"]
+    head = ["pair", "path", "images/s (quartiles)", "ms a step", "ratio to reference", "of matrix product rate"]
+    head += ["peak MiB", "first round after, s"]
     print(table(head, [row(result, name) for result in results for name in result["paths"]], args.markdown))
     print("\nShares of the default path's step:\n")
     shares = [[row(r, "default")[0], *(f"{100 * value:.0f} %" for value in r["shares"].values())] for r in results]

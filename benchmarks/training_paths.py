@@ -1,9 +1,12 @@
-"""The two ways of training that are timed, and the clock and memory meter they are timed with."""
+"""The ways of training that are timed, each in a process of its own, and the clock and memory meter they are timed with."""
 
+import multiprocessing
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from statistics import median
 from unittest.mock import patch
 
 import torch
@@ -17,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import augment  # noqa: E402
 import batches  # noqa: E402
 import datasets  # noqa: E402
+import distributed  # noqa: E402
 import engine  # noqa: E402
 import losses  # noqa: E402
 import models  # noqa: E402
@@ -60,20 +64,20 @@ class PublishedImages(Dataset):
 
 
 class Reference:
-    """The published scripts' training loop."""
+    """The published scripts' training loop; `pair` is a (model, objective) to train instead of the case's, from seed 0."""
 
-    def __init__(self, args, case, image_set, world):
+    def __init__(self, args, case, image_set, world, pair=None, sampler=None):
         self.device = world.device
-        self.model, self.objective = networks(case, len(image_set.classes))
+        self.model, self.objective = pair or networks(case, len(image_set.classes))
         self.model.to(self.device)
         self.objective.to(self.device)
-        self.loader = DataLoader(PublishedImages(image_set), args.batch_size, shuffle=True)
+        self.loader = DataLoader(PublishedImages(image_set), args.batch_size, shuffle=sampler is None, sampler=sampler)
         nesterov = not models.is_imagenet(case[1])
         parameters = self.model.parameters()
         self.optimizer = torch.optim.SGD(parameters, 0.05, 0.9, weight_decay=5e-4, nesterov=nesterov, foreach=False)
 
     def round(self):
-        """Train on every image once."""
+        """Train on every image once, or on those of the sampler."""
         self.model.train()
         for images, labels in self.loader:
             images, labels = images.to(self.device), labels.to(self.device)
@@ -106,6 +110,12 @@ class Ours:
     def agreed(self, *_):
         """Stand in for the engine's StopSignal: nothing asks to stop."""
         return False
+
+    def facts(self):
+        """Return the step's precision and arithmetic, the rate of a matrix product, and the shares of a round's time."""
+        device, precision = self.run.world.device, self.run.precision or torch.float32
+        rates = {"matmul_gflops": matmul_rate(device, precision) / 1e9, "shares": self.shares(device)}
+        return {"precision": str(precision).removeprefix("torch."), "gflop_a_step": self.flops() / 1e9, **rates}
 
     def flops(self):
         """Return the floating-point operations of one step, counted."""
@@ -169,3 +179,60 @@ class Peak:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def matmul_rate(device, dtype):
+    """Return the FLOP/s of a large matrix product: the median of five."""
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(7):
+        began = now(device)
+        torch.mm(left, right)
+        times.append(now(device) - began)
+    return 2 * side**3 / median(times[2:])
+
+
+class Apart:
+    """A path in a process of its own, so that neither its memory nor its allocator's habits are another path's.
+
+    `start_seconds`: from the process's start to the end of its first round, imports and all.
+    """
+
+    def __init__(self, name, args, case):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, args, case), daemon=True)
+        began = time.perf_counter()
+        self.process.start()
+        theirs.close()
+        self.ask("timed_round")
+        self.start_seconds = time.perf_counter() - began
+
+    def ask(self, question):
+        """Return what the process answers; it asks its path, or times a round of it."""
+        self.pipe.send(question)
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            sys.exit("a path's process has ended: see its error above")
+
+    def close(self):
+        """End the process."""
+        self.pipe.close()
+        self.process.join()
+
+
+def serve(pipe, name, args, case):
+    """Answer an Apart: the seconds and the peak MiB of a timed round, or the path's own facts."""
+    world = distributed.World(0, 1, distributed.pick_device(args.gpu_id, 0))
+    kinds = {"reference": Reference, "default": Ours, "compile": partial(Ours, compiled=True)}
+    path = kinds[name](args, case, synthetic(args, case), world)
+    with suppress(EOFError):  # the other end is closed
+        while question := pipe.recv():
+            if question == "timed_round":
+                peak, began = Peak(world.device), now(world.device)
+                path.round()
+                pipe.send((now(world.device) - began, peak.read()))
+            else:
+                pipe.send(getattr(path, question)())

@@ -37,8 +37,10 @@ class ShuffleUnit(nn.Module):
             out = channel_shuffle(out, self.groups)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
-        out = torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], dim=1) if self.stride == 2 else out + x
-        return F.relu(out, inplace=True)
+        if self.stride == 1:
+            return F.relu(out + x, inplace=True)
+        # ReLU before the concatenation: BatchNorm's backward pass is slow on slices of a gradient.
+        return torch.cat([F.relu(out, inplace=True), F.relu(F.avg_pool2d(x, 3, 2, 1), inplace=True)], dim=1)
 
 
 def make_stage(index: int, repeated: bool = False) -> nn.Sequential:

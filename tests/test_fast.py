@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from contract import filled_network
+from scripts import QUICK, save_teacher
 from torch import nn
 
 import augment
@@ -20,6 +21,7 @@ import datasets
 import engine
 import fast
 import losses
+import models
 from distributed import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,15 +41,15 @@ def network(name, rotations=4):
     return filled_network(name, rotations, CLASSES)
 
 
-def objective(method):
+def objective(method, student="resnet8_aux"):
     """Return (student, objective) of a method on a small pair."""
     rotations = 1 if method == "dpcd" else 4
     teacher = network("wrn_16_1_aux" if rotations == 4 else "resnet8_aux", rotations)
     made = losses.HSAKDLoss(teacher) if method == "hsakd" else losses.DPCDLoss(teacher, warmup_epochs=4)
-    return network("resnet8_aux", rotations), made
+    return network(student, rotations), made
 
 
-def prepared(tmp_path, method="hsakd", amp="off", compiled=False, device="cpu"):
+def prepared(tmp_path, method="hsakd", amp="off", compiled=False, device="cpu", student="resnet8_aux"):
     """Return an engine.Run ready to train on `image_set`, whose last batch is smaller."""
     args = Namespace(
         script="test", arch="resnet8_aux", dataset="cifar100", manual_seed=0, tag=None, checkpoint_dir=str(tmp_path),
@@ -57,7 +59,7 @@ def prepared(tmp_path, method="hsakd", amp="off", compiled=False, device="cpu"):
     world = World(0, 1, torch.device(device))
     found = image_set()
     train = batches.DeviceBatches(found, BATCH, augment.CropFlip(32), world, 0)
-    run = engine.Run(args, world, *objective(method), batches.Data(train, None, None, CLASSES, 32))
+    run = engine.Run(args, world, *objective(method, student), batches.Data(train, None, None, CLASSES, 32))
     run.prepare()
     return run
 
@@ -187,9 +189,61 @@ def test_teacher_is_folded_and_converted_once(tmp_path):
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
 
 
-def benchmark(*arguments):
-    """Run benchmarks/step.py on one small step and return what it printed."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "--steps", "1", "--markdown", *map(str, arguments)]
+def test_strided_depthwise_convolutions_train_in_float32_on_the_cpu(tmp_path):
+    """Their keys stay the same, their output keeps bfloat16, and their gradients are those of float32."""
+    plain = models.create("mobilenetV2_aux", CLASSES)
+    model = copy.deepcopy(plain)
+    fast.suit_cpu(model)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    changed = [m for m in model.modules() if isinstance(m, fast.Float32Conv2d)]
+    assert len(changed) == 9
+    assert all(m.groups == m.in_channels and m.stride == (2, 2) for m in changed)
+
+    layer = changed[0]
+    images = torch.randn(2, layer.in_channels, 8, 8).to(torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(images)
+    assert out.dtype == torch.bfloat16
+    wide = images.detach().float().requires_grad_()
+    weight = layer.weight.detach().clone().requires_grad_()
+    expected = nn.functional.conv2d(wide, weight, None, 2, 1, 1, layer.groups)
+    out.sum().backward()
+    expected.sum().backward()
+    assert layer.weight.grad == pytest.approx(weight.grad, rel=1e-5)
+    assert torch.equal(images.grad, wide.grad.to(torch.bfloat16))
+
+
+def test_run_suits_the_cpu_only_in_bfloat16(tmp_path):
+    """In float32 the layers stay as they are."""
+    for amp, kept in (("off", nn.Conv2d), ("bf16", fast.Float32Conv2d)):
+        run = prepared(tmp_path, amp=amp, student="ShuffleV1_aux")
+        strided = [m for m in run.model.modules() if isinstance(m, nn.Conv2d) and m.groups > 3 and m.stride == (2, 2)]
+        assert strided and all(type(m) is kept for m in strided)
+
+
+def test_freed_memory_is_kept(tmp_path):
+    """After the first round, large tensors touch no fresh pages of the machine."""
+    script = """
+import resource, torch, fast
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+plain = [faults() for _ in range(3)][-1]
+fast.keep_memory()
+kept = [faults() for _ in range(3)][-1]
+print(plain, kept)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    plain, kept = map(int, done.stdout.split())
+    if plain < 20:
+        pytest.skip("this C library keeps freed memory anyway")
+    assert kept < plain / 10
+
+
+def benchmark(*arguments, script="step.py", common=("--steps", "1", "--markdown")):
+    """Run a script of benchmarks/ on one small step and return what it printed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *common, *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -209,6 +263,7 @@ def test_benchmark_measures_all_it_promises(tmp_path):
     for found in result["paths"].values():
         assert found["images_per_second"]["median"] > 0
         assert found["peak_mib"] > 0
+        assert found["start_seconds"] > 0
     assert result["paths"]["reference"]["ratio"]["median"] == 1
     assert 0 < result["paths"]["default"]["of_matmul_rate"] < 2
 
@@ -222,6 +277,27 @@ def test_benchmark_of_scaling(tmp_path):
     assert cell["images_per_second"] > 0
     assert cell["peak_mib"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("case", [("--online", "resnet8_resnet8"), ("--teacher", "resnet8_aux", "--compile")])
+def test_benchmark_of_other_cases(case):
+    """A mutual pair, and a teacher with the compiled step beside the default one."""
+    printed = benchmark(*case, "--batch-size", 2, "--rounds", 1, "--amp", "off")
+    assert ("compile, float32" in printed) == ("--compile" in case)
+    assert f"| {case[1]} | default, float32 |" in printed
+
+
+def test_benchmark_of_equal_results(tmp_path):
+    """One seed trained both ways on the digits: a table and a JSON file of two accuracies."""
+    teacher, path = save_teacher(tmp_path / "teacher.pth.tar"), tmp_path / "equal.json"
+    pair = ["--tarch", "resnet8_aux", "--arch", "resnet8_aux", "--tcheckpoint", teacher, "--epochs", 2, *QUICK]
+    printed = benchmark("--seeds", 3, "--json", path, *pair, script="equal_results.py", common=())
+    found = json.loads(path.read_text())
+    assert found["seeds"] == [3]
+    for name in ("reference", "default"):
+        assert f"| {name} | {found[name][0]['top1']:.2f} |" in printed
+        assert 0 <= found[name][0]["top1"] <= 100
+        assert found[name][0]["speed"] > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

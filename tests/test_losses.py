@@ -447,37 +447,42 @@ def test_contract_ced():
     assert {name: value.item() for name, value in result.items()} == pytest.approx(STEPS["dpcd/ced"], rel=1e-4)
 
 
-def contract_step(objective, model):
-    """Terms, predictions and gradient norm of the contract's step."""
-    images = torch.tensor(np.random.RandomState(1).standard_normal((4, 3, 32, 32)), dtype=torch.float32)
+def contract_step(name, dtype):
+    """The terms of a contract's step and its gradient norm, computed in `dtype`."""
+    kind, *archs = name.split("/")
+    model = filled_network(archs[-1]).train().to(dtype)
+    objective = losses.MutualLoss() if kind == "online" else losses.TeacherLoss()
+    if kind == "student":
+        objective = losses.HSAKDLoss(filled_network(archs[0]).to(dtype))
+    elif kind == "teacher_frozen":
+        model.backbone.requires_grad_(False).eval()
+    images = torch.tensor(np.random.RandomState(1).standard_normal((4, 3, 32, 32)), dtype=torch.float32).to(dtype)
     terms, predictions = objective.step(model, images, torch.tensor([3, 17, 42, 99]))
     sum(terms.values()).backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     terms = {name: value.item() for name, value in terms.items()}
-    return terms, predictions, torch.nn.utils.get_total_norm(gradients).item()
+    if kind == "student":
+        found = {"loss_cls": terms["task"], "loss_div": terms["aux_kl"] + terms["logit_kl"]}
+    elif kind == "online":
+        found = {"loss_cls": terms["task"] + terms["aux"], "loss_div": terms["aux_kl"] + terms["logit_kl"]}
+    elif kind == "teacher_joint":
+        found = {"loss": sum(terms.values())}
+    else:
+        found = {"loss_aux": terms["aux"], "loss_cls": cross_entropy(predictions.logits[0].numpy(), [3, 17, 42, 99])}
+    return found, torch.nn.utils.get_total_norm(gradients).item()
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if not name.startswith("dpcd/")])
 def test_contract_step(name):
-    kind, *archs = name.split("/")
-    model = filled_network(archs[-1]).train()
-    if kind == "student":
-        objective = losses.HSAKDLoss(filled_network(archs[0]))
-        terms, _, norm = contract_step(objective, model)
-        result = {"loss_cls": terms["task"], "loss_div": terms["aux_kl"] + terms["logit_kl"]}
-    elif kind == "online":
-        terms, _, norm = contract_step(losses.MutualLoss(), model)
-        result = {"loss_cls": terms["task"] + terms["aux"], "loss_div": terms["aux_kl"] + terms["logit_kl"]}
-    elif kind == "teacher_joint":
-        terms, _, norm = contract_step(losses.TeacherLoss(), model)
-        result = {"loss": sum(terms.values())}
-    else:
-        model.backbone.requires_grad_(False).eval()
-        terms, predictions, norm = contract_step(losses.TeacherLoss(), model)
-        logits = predictions.logits[0].numpy()
-        result = {"loss_aux": terms["aux"], "loss_cls": cross_entropy(logits, [3, 17, 42, 99])}
+    """Loss terms and gradient norm within 1e-4 of the contract's.
+
+    Where a processor's float32 rounding alone moves the norm further (resnet56 by 2e-4 without AVX-512), the same step
+    in float64 tells whether the gradients are right.
+    """
     expected = dict(STEPS[name])
-    # Looser for the norm, as float32 rounding moves it: the contract's own values are up to 2.5e-4 from float64
-    # (vgg13/mobilenetV2), and resnet56's moves by 4e-4 with oneDNN's convolutions switched off.
-    assert norm == pytest.approx(expected.pop("grad_norm"), rel=1e-3)
-    assert result == pytest.approx(expected, rel=1e-4)
+    expected_norm = expected.pop("grad_norm")
+    found, norm = contract_step(name, torch.float32)
+    assert found == pytest.approx(expected, rel=1e-4)
+    if norm != pytest.approx(expected_norm, rel=1e-4):
+        norm = contract_step(name, torch.float64)[1]
+    assert norm == pytest.approx(expected_norm, rel=1e-4)
