@@ -9,6 +9,7 @@ import torchvision
 from PIL import Image
 from scripts import WORLD, run, status
 from torchvision import io
+from torchvision.transforms import v2
 
 import imagefiles
 import options
@@ -96,9 +97,22 @@ def test_unreadable_images_are_skipped_and_named(damaged, capsys):
     found = list(train(damaged[0], "--skip-bad-images").epoch(0))
     assert sum(len(labels) for _, labels in found) == 12
     told = capsys.readouterr().err
-    assert "skipped 1 unreadable images" in told and damaged[1] in told
+    assert told.startswith("skipped: ") and damaged[1] in told.splitlines()[0]
+    assert told.splitlines()[-1] == "skipped 1 unreadable images"
     test = imagefiles.load_test(arguments(damaged[0], "--skip-bad-images"), WORLD)
     assert [labels.tolist() for _, labels in test] == [[0, 2, 3]] and test.total == 4
+
+
+def test_random_crops_are_torchvisions(root):
+    """The same draws give torchvision's own pixels, and a batch of them is channels-last in memory."""
+    image = imagefiles.decode(root / "train" / "n00000000" / "0.JPEG")
+    for seed in range(8):
+        torch.manual_seed(seed)
+        expected = v2.RandomResizedCrop(224, antialias=True)(image)
+        torch.manual_seed(seed)
+        found = imagefiles.random_resized_crop(image)
+        assert torch.equal(found, expected)
+    assert imagefiles.stacked([found, found]).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_decoding_a_batch_in_one_call(root):
