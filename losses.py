@@ -45,6 +45,14 @@ def kl(student, teacher, temperature):
     return log_kl(*(F.log_softmax(z.float() / temperature, dim=1) for z in (student, teacher)), temperature)
 
 
+def quantile(values, q):
+    """The q-quantile, linearly interpolated, of values (N,); torch.quantile waits for the device in some versions."""
+    position = q * (len(values) - 1)
+    low, high = int(position), min(int(position) + 1, len(values) - 1)
+    ordered = values.sort().values
+    return torch.lerp(ordered[low], ordered[high], position - low)
+
+
 def target_mask(logits, labels):
     """Boolean mask (B, N), true at each row's label (B,)."""
     return torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
@@ -272,6 +280,6 @@ class DPCDLoss(Objective):
         slots = (count - len(recent) + torch.arange(len(recent), device=count.device)) % len(history)
         history.index_copy_(0, slots, recent)
 
-        theta = torch.where(count >= len(history), torch.quantile(history, self.quantile), self.threshold)
+        theta = torch.where(count >= len(history), quantile(history, self.quantile), self.threshold)
         rho = torch.sigmoid(self.slope * (theta - c_bar))
         return (1 + rho).clamp(*self.alpha_range), (self.beta * (1 - 0.5 * rho)).clamp(*self.beta_range)

@@ -447,6 +447,13 @@ def test_contract_ced():
     assert {name: value.item() for name, value in result.items()} == pytest.approx(STEPS["dpcd/ced"], rel=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 2000])
+@pytest.mark.parametrize("q", [0.0, 0.3, 0.65, 1.0])
+def test_quantile_is_torchs(count, q):
+    values = torch.rand(count, generator=torch.Generator().manual_seed(count))
+    assert losses.quantile(values, q).item() == pytest.approx(torch.quantile(values, q).item(), abs=1e-6)
+
+
 def contract_step(name, dtype):
     """The terms of a contract's step and its gradient norm, computed in `dtype`."""
     kind, *archs = name.split("/")
