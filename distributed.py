@@ -58,10 +58,25 @@ def setup(args):
         raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
     if "RANK" in os.environ and not dist.is_initialized():
         chosen = backend(getattr(args, "dist_backend", None), world)
-        dist.init_process_group(chosen, device_id=device if chosen == "nccl" else None)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and "resume" in args:
-        args.resume = True  # torchrun started the processes again after one of them failed
+        join(chosen, device if chosen == "nccl" else None)
+    if restarts() and "resume" in args:
+        args.resume = True
     return world
+
+
+def restarts():
+    """Return how often torchrun has started the processes again after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def join(chosen, device):
+    """Join the process group; after a restart under keys of its own, since torchrun's store still holds the dead ones'."""
+    if not restarts():
+        dist.init_process_group(chosen, device_id=device)
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart{restarts()}", store)
+    dist.init_process_group(chosen, store=store, rank=rank, world_size=size, device_id=device)
 
 
 def backend(asked, world):

@@ -77,14 +77,13 @@ def spread(values):
 
 
 def time_rounds(paths, args):
-    """Return name -> images/s of every round and name -> peak MiB, the paths taking turns."""
+    """Return name -> images/s of every round and name -> peak MiB, the paths (warmed up by a round) taking turns."""
     speeds, peaks = {name: [] for name in paths}, {}
-    for number in range(args.rounds + 1):
+    for number in range(args.rounds):
         for name in sorted(paths, reverse=number % 2 == 1):
             seconds, peaks[name] = paths[name].ask("timed_round")
             speeds[name].append(args.batch_size * args.steps / seconds)
-    # The first round warms up.
-    return {name: found[1:] for name, found in speeds.items()}, peaks
+    return speeds, peaks
 
 
 def measure(args, case):

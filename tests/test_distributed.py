@@ -152,6 +152,26 @@ def test_torchrun_gives_the_same_weights(finished, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def on_machine(rank, port, style, command):
+    """Return the command that starts one process on machine `rank` of two."""
+    if style == "published":
+        flags = ["--gpu", "0", "--world-size", "2", "--rank", str(rank), "--dist-url", f"tcp://127.0.0.1:{port}"]
+        return [sys.executable, *command, "--multiprocessing-distributed", *flags]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run1"]
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting, *command]
+
+
+@pytest.mark.parametrize("style", ["published", "torchrun"])
+def test_two_machines_give_the_same_weights(finished, tmp_path, style):
+    """Two launchers that meet at an address, here both on this machine, are the two processes of one launcher."""
+    command, port = [arg if arg != str(finished[0]) else str(tmp_path) for arg in finished[1]], free_port()
+    launchers = [launch(on_machine(rank, port, style, command)) for rank in (0, 1)]
+    told = [launcher.communicate(timeout=150)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], told
+    found, expected = (utils.read_checkpoint(at / FOLDER / "resnet8.pth.tar")["net"] for at in (tmp_path, finished[0]))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_mistake_is_one_line_and_status_2(finished):
     done = launch(published(finished[1]))
     told = done.communicate(timeout=100)[1].splitlines()
@@ -188,6 +208,18 @@ def test_a_killed_rank_ends_all_and_the_run_resumes(tmp_path):
     assert time.monotonic() - began < 60 and killed.returncode == 1 and "process 1 ended with status -9" in told
     run("train_baseline_cifar", *command[1:], "--resume")
     assert len((tmp_path / FOLDER / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(tmp_path):
+    """With --max-restarts the processes start again by themselves and resume from the last checkpoint."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    running = launch([sys.executable, *torchrun, *baseline(tmp_path, "--epochs", 3, "--milestones", 2, "--batch-size", 32)])
+    wait_for(running, "epoch 1/3")
+    os.kill(ranks_of(running)[1], signal.SIGKILL)
+    wait_for(running, "resuming at epoch 2, step 0")
+    assert running.communicate(timeout=100) and running.returncode == 0
+    lines = [json.loads(line) for line in (tmp_path / FOLDER / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
 
 
 def test_a_preempted_run_goes_on_with_one_process(tmp_path, monkeypatch):
