@@ -15,7 +15,7 @@ from statistics import mean
 
 TEACHER, STUDENT = "resnet14_aux", "resnet8_aux"
 RATIO, SEEDS = 0.14, (0, 1)
-TEACHER_SCHEDULE = ["--epochs", "3", "--milestones", "2", "--batch-size", "32"]
+TEACHER_SCHEDULE = ["--epochs", "4", "--milestones", "3", "--batch-size", "32"]
 STUDENT_SCHEDULE = ["--epochs", "12", "--milestones", "8", "10", "--batch-size", "16"]
 
 
