@@ -42,7 +42,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, width, H / stride, W / stride)."""
-        return x + self.conv(x) if self.adds else self.conv(x)
+        return self.conv(x).add_(x) if self.adds else self.conv(x)
 
 
 def make_stage(index: int, in_width: int | None = None, stride: int | None = None) -> nn.Sequential:

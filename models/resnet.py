@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ReLU(residual + shortcut), (B, in, H, W) -> (B, out, H / stride, W / stride)."""
         shortcut = getattr(self, self.projection_name)(x) if self.projects else x
-        return F.relu(self.residual(x) + shortcut, inplace=True)
+        return F.relu(self.residual(x).add_(shortcut), inplace=True)
 
 
 class BasicBlock(ResidualBlock):

@@ -38,7 +38,7 @@ class ShuffleUnit(nn.Module):
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
         if self.stride == 1:
-            return F.relu(out + x, inplace=True)
+            return F.relu(out.add_(x), inplace=True)
         # ReLU before the concatenation: BatchNorm's backward pass is slow on slices of a gradient.
         return torch.cat([F.relu(out, inplace=True), F.relu(F.avg_pool2d(x, 3, 2, 1), inplace=True)], dim=1)
 

@@ -27,7 +27,7 @@ class PreActivationBlock(nn.Module):
         activated = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
         out = F.relu(self.bn2(self.conv1(activated)), inplace=True)
-        return self.conv2(out) + shortcut
+        return self.conv2(out).add_(shortcut)
 
 
 class BlockGroup(nn.Module):
