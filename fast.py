@@ -85,7 +85,7 @@ def keep_memory():
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26)):
+        for option, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_top_pad, 2**26)):
             mallopt(option, value)
 
 
