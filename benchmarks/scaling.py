@@ -5,14 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from statistics import median
 
 import torch
-from training_paths import Ours, Peak, now, synthetic
+from training_paths import Ours, Peak, now, ranged, spread, synthetic
 
 import distributed
 
-HEAD = ["processes", "batch, all processes", "images/s", "MiB a process"]
+HEAD = ["processes", "batch, all processes", "images/s (quartiles)", "MiB a process"]
 
 
 def measure(args, case):
@@ -44,32 +43,36 @@ def run_cell(processes, options):
 def rows(cells):
     """Return the table's rows."""
 
-    def shown(value, digits):
-        return "failed" if value is None else f"{value:.{digits}f}"
+    def found(cell):
+        if cell["images_per_second"] is None:
+            return ["failed", "failed"]
+        return [ranged(cell["images_per_second"], 1), f"{cell['peak_mib']:.0f}"]
 
-    return [
-        [str(c["processes"]), str(c["batch_size"]), shown(c["images_per_second"], 1), shown(c["peak_mib"], 0)] for c in cells
-    ]
+    return [[str(cell["processes"]), str(cell["batch_size"]), *found(cell)] for cell in cells]
 
 
 def plot(cells, path):
-    """Draw images/s and memory against the batch size, a line for each number of processes."""
+    """Draw images/s (with its quartiles) and memory against the batch size, a line for each number of processes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     measured = [cell for cell in cells if cell["images_per_second"] is not None]
-    names = {"images_per_second": "images/s", "peak_mib": "peak memory of a process, MiB"}
-    for axes, (key, label) in zip(figure.subplots(1, 2), names.items(), strict=True):
-        for processes in sorted({cell["processes"] for cell in measured}):
-            line = [(cell["batch_size"], cell[key]) for cell in measured if cell["processes"] == processes]
-            axes.plot(*zip(*line, strict=True), marker="o", label=f"{processes} process{'es' * (processes > 1)}")
+    speed_axes, memory_axes = figure.subplots(1, 2)
+    for processes in sorted({cell["processes"] for cell in measured}):
+        line = [cell for cell in measured if cell["processes"] == processes]
+        sizes, speeds = [cell["batch_size"] for cell in line], [cell["images_per_second"] for cell in line]
+        medians, quartiles = [speed["median"] for speed in speeds], [speed["quartiles"] for speed in speeds]
+        speed_axes.plot(sizes, medians, marker="o", label=f"{processes} process{'es' * (processes > 1)}")
+        speed_axes.fill_between(sizes, *zip(*quartiles, strict=True), alpha=0.2)
+        memory_axes.plot(sizes, [cell["peak_mib"] for cell in line], marker="o")
+    for axes, label in [(speed_axes, "images/s"), (memory_axes, "peak memory of a process, MiB")]:
         axes.set(xscale="log", xlabel="batch size, all processes", ylabel=label)
         axes.set_xticks(sorted({cell["batch_size"] for cell in measured}))
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.xaxis.minorticks_off()
-        axes.set_ylim(0, 1.1 * max(cell[key] for cell in measured))
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    axes.legend()
+    speed_axes.legend()
     figure.savefig(path, dpi=150)
 
 
@@ -87,7 +90,7 @@ def worker():
         distributed.barrier()
         speeds.append(args.batch_size * args.steps / (now(world.device) - began))
     if world.is_main:
-        print(json.dumps({"images_per_second": median(speeds), "peak_mib": peak.read()}))
+        print(json.dumps({"images_per_second": spread(speeds), "peak_mib": peak.read()}))
     torch.distributed.destroy_process_group()
 
 

@@ -11,11 +11,10 @@ round, so a slow spell of the machine hits both.
 
 import argparse
 import json
-from statistics import quantiles
 
 import scaling
 import torch
-from training_paths import Apart
+from training_paths import Apart, ranged, spread
 
 import distributed
 import options
@@ -70,12 +69,6 @@ def cases(args):
     return PAIRS if args.all else [(args.tarch, args.arch)]
 
 
-def spread(values):
-    """Return median and quartiles."""
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "quartiles": [low, high]}
-
-
 def time_rounds(paths, args):
     """Return name -> images/s of every round and name -> peak MiB, the paths (warmed up by a round) taking turns."""
     speeds, peaks = {name: [] for name in paths}, {}
@@ -96,14 +89,14 @@ def measure(args, case):
         ratios = [mine / theirs for mine, theirs in zip(found, speeds["reference"], strict=True)]
         speed = spread(found)
         gflops = result["gflop_a_step"] * speed["median"] / args.batch_size
+        precision = "float32" if name == "reference" else result["precision"]
         result["paths"][name] = {
             "images_per_second": speed,
             "ratio": spread(ratios),
             "step_ms": 1000 * args.batch_size / speed["median"],
             "peak_mib": peaks[name],
             "start_seconds": paths[name].start_seconds,
-            # A share of the rate in the default's precision; the reference computes in float32.
-            "of_matmul_rate": None if name == "reference" else gflops / result["matmul_gflops"],
+            "of_matmul_rate": gflops / result["matmul_gflops"][precision],
         }
         paths[name].close()
     return result
@@ -112,19 +105,13 @@ def measure(args, case):
 def row(result, name):
     """Return the table's cells of one path of a case."""
     path = result["paths"][name]
-
-    def ranged(value, digits):
-        low, high = value["quartiles"]
-        return f"{value['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-    used = path["of_matmul_rate"]
     return [
         " -> ".join(filter(None, (result["teacher"], result["arch"]))),
         name if name == "reference" else f"{name}, {result['precision']}",
         ranged(path["images_per_second"], 1),
         f"{path['step_ms']:.1f}",
         ranged(path["ratio"], 2),
-        "" if used is None else f"{100 * used:.0f} %",
+        f"{100 * path['of_matmul_rate']:.0f} %",
         f"{path['peak_mib']:.0f}",
         f"{path['start_seconds']:.1f}",
     ]
@@ -171,7 +158,8 @@ def main(args, world):
     head = ["pair", "path", "images/s (quartiles)", "ms a step", "ratio to reference", "of matrix product rate"]
     head += ["peak MiB", "first round after, s"]
     print(table(head, [row(result, name) for result in results for name in result["paths"]], args.markdown))
-    print("\nShares of the default path's step:\n")
+    rates = (f"{rate:.0f} in {name}" for name, rate in results[0]["matmul_gflops"].items())
+    print(f"\nRate of a large matrix product, GFLOP/s: {', '.join(rates)}\n\nShares of the default path's step:\n")
     shares = [[row(r, "default")[0], *(f"{100 * value:.0f} %" for value in r["shares"].values())] for r in results]
     print(table(["pair", *results[0]["shares"]], shares, args.markdown))
 

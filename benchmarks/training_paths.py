@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from unittest.mock import patch
 
 import torch
@@ -112,10 +112,11 @@ class Ours:
         return False
 
     def facts(self):
-        """Return the step's precision and arithmetic, the rate of a matrix product, and the shares of a round's time."""
+        """Return the step's precision and arithmetic, the rates of matrix products, and the shares of a round's time."""
         device, precision = self.run.world.device, self.run.precision or torch.float32
-        rates = {"matmul_gflops": matmul_rate(device, precision) / 1e9, "shares": self.shares(device)}
-        return {"precision": str(precision).removeprefix("torch."), "gflop_a_step": self.flops() / 1e9, **rates}
+        rates = {dtype_name(dtype): matmul_rate(device, dtype) / 1e9 for dtype in (torch.float32, precision)}
+        arithmetic = {"gflop_a_step": self.flops() / 1e9, "matmul_gflops": rates}
+        return {"precision": dtype_name(precision), **arithmetic, "shares": self.shares(device)}
 
     def flops(self):
         """Return the floating-point operations of one step, counted."""
@@ -155,11 +156,28 @@ class Ours:
         return {name: seconds / whole for name, seconds in spent.items()}
 
 
+def dtype_name(dtype):
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def now(device):
     """Return the time at which everything asked of the device so far is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def spread(values):
+    """Return median and quartiles."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "quartiles": [low, high]}
+
+
+def ranged(found, digits):
+    """Return a spread as text."""
+    low, high = found["quartiles"]
+    return f"{found['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 class Peak:
