@@ -18,8 +18,9 @@ help:
 demo: .venv/installed
 	$(PY) demo.py
 
+# Two processes of one thread each take half the time of one process of two threads: the tests' networks are small.
 test: .venv/installed
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(PY) -m ruff check .
