@@ -36,7 +36,7 @@ class Run:
         self.best, self.last_accuracy = {"acc": -1.0, "epoch": 0, "net": None}, None
         # A probe may choose it: what the first rank finds holds for all.
         self.precision = distributed.gather_objects(resolve_precision(args.amp, world.device))[0]
-        torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        torch.backends.cudnn.benchmark = True  # nearly every step has the same shapes
 
     def prepare(self):
         """Wrap the model for several processes and build what trains it, once the starting weights are in place."""
@@ -51,6 +51,10 @@ class Run:
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        if self.scaler.is_enabled():
+            # A fused first step that the scaler skips would leave momentum that nothing has written.
+            for parameter in trained:
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         if device.type == "cpu":
             fast.keep_memory()
             if self.precision == torch.bfloat16:
@@ -59,7 +63,13 @@ class Run:
         if args.sync_bn and self.world.size > 1:
             self.wrapped = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if self.world.size > 1:
-            self.wrapped = DistributedDataParallel(self.wrapped, [device.index] if device.type == "cuda" else None)
+            # Training reads no running statistics, and evaluation shares the first process's: no broadcast in each step.
+            self.wrapped = DistributedDataParallel(
+                self.wrapped,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
         if isinstance(self.objective.teacher, torch.nn.Module):
             self.objective.teacher = fast.inference_copy(self.objective.teacher, self.data.size, self.precision)
         self.forward = self.forward_eager
@@ -78,7 +88,7 @@ class Run:
         parts = min(self.args.accumulate, len(images))
         chunks = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
         if self.args.compile:
-            torch.compiler.cudagraph_mark_step_begin()  # before it, the last step's CUDA graph outputs are not overwritten
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten from here on
         for number, (x, y) in enumerate(chunks, 1):
             waiting = self.world.size > 1 and number < len(chunks)
             with self.wrapped.no_sync() if waiting else contextlib.nullcontext():

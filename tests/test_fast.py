@@ -105,6 +105,25 @@ def aot_eager(monkeypatch):
     torch._dynamo.reset()
 
 
+def test_float16_goes_on_after_an_overflow(tmp_path, monkeypatch):
+    """The first step overflows and is skipped: the second starts the momentum, from nothing that was left in memory."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    run = prepared(tmp_path, amp="fp16")
+    start = copy.deepcopy(run.model.state_dict())
+    images, labels = next(run.data.train.epoch(0))
+    run.wrapped.train()
+    torch.use_deterministic_algorithms(True)  # only then is new memory filled with NaN
+    try:
+        run.step(images * float("nan"), labels, 0)
+        assert all(torch.equal(value, start[name]) for name, value in run.model.named_parameters())
+        for _ in range(2):
+            run.step(images, labels, 0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    moved = [(value - start[name]).norm() for name, value in run.model.named_parameters()]
+    assert all(0 < distance < 10 for distance in moved)
+
+
 def test_default_step_has_the_plain_steps_loss_and_gradients(tmp_path):
     """Channels-last and the folded teacher stay within float32's rounding, the contract's own 1e-4 for gradients.
 
