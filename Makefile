@@ -18,8 +18,10 @@ help:
 demo: .venv/installed
 	$(PY) demo.py
 
+# The tests of a GPU are skipped where there is none; all others keep to the CPU.
 # Two processes of one thread each take half the time of one process of two threads: the tests' networks are small.
 test: .venv/installed
+	$(PY) -m pytest -m cuda tests/test_fast.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed

@@ -107,15 +107,15 @@ def suit_cpu(model):
 
 
 class CompiledStep:
-    """A function (images, labels, epoch) compiled for `size` images, on a GPU as CUDA graphs.
+    """A function (images, labels, epoch) compiled for `size` images, with `graphs` as CUDA graphs.
 
     Another number of images, such as an epoch's last one, runs uncompiled. `state` are tensors that the function
     updates in place.
     """
 
-    def __init__(self, function, size, device, state=()):
+    def __init__(self, function, size, device, graphs=False, state=()):
         self.uncompiled, self.size = function, size
-        self.compiled = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+        self.compiled = torch.compile(function, mode="reduce-overhead" if graphs else None, dynamic=False)
         for value in state:
             torch._dynamo.mark_static_address(value)  # else no CUDA graph is made of a step that changes them
         # As a plain number the epoch would be a constant of the compiled code, which each epoch would compile anew.

@@ -28,6 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CLASSES, BATCH = 5, 4
 
 
+def needs_gpu(test):
+    """Mark a test as one of `pytest -m cuda`, skipped where there is no GPU."""
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pytest -m cuda")(test))
+
+
 def image_set(count=2 * BATCH + 1):
     """Return `count` random images with labels."""
     generator = torch.Generator().manual_seed(0)
@@ -54,6 +59,7 @@ def prepared(tmp_path, method="hsakd", amp="off", compiled=False, device="cpu", 
     args = Namespace(
         script="test", arch="resnet8_aux", dataset="cifar100", manual_seed=0, tag=None, checkpoint_dir=str(tmp_path),
         amp=amp, compile=compiled, init_lr=0.05, weight_decay=5e-4, sync_bn=False, batch_size=BATCH, accumulate=1,
+        nesterov=True,
         epochs=3, warmup_epoch=0, milestones=[9],
     )  # fmt: skip
     world = World(0, 1, torch.device(device))
@@ -263,7 +269,7 @@ print(plain, kept)
 def benchmark(*arguments, script="step.py", common=("--steps", "1", "--markdown")):
     """Run a script of benchmarks/ on one small step and return what it printed."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *common, *map(str, arguments)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -317,7 +323,7 @@ def test_benchmark_of_equal_results(tmp_path):
         assert found[name][0]["speed"] > 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("method", ["hsakd", "dpcd"])
 def test_cuda_graphs_train_like_eager(tmp_path, method):
     """On a GPU, three epochs of compiled steps give about the eager steps' losses."""
@@ -325,10 +331,11 @@ def test_cuda_graphs_train_like_eager(tmp_path, method):
     assert runs[1].totals.means()["loss"] == pytest.approx(runs[0].totals.means()["loss"], rel=0.02)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_step_does_not_wait_for_the_gpu(tmp_path):
+@needs_gpu
+@pytest.mark.parametrize("method", ["hsakd", "dpcd"])
+def test_cuda_step_does_not_wait_for_the_gpu(tmp_path, method):
     """PyTorch itself refuses every synchronising call of the training loop after its first epoch."""
-    run = trained(prepared(tmp_path, amp="bf16", device="cuda"), epochs=1)
+    run = trained(prepared(tmp_path, method, amp="bf16", device="cuda"), epochs=1)
     batch = run.data.train.epoch(1)
     run.step(*next(batch), 1)  # copying the epoch's order to the device may wait
     torch.cuda.set_sync_debug_mode("error")
