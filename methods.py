@@ -5,7 +5,7 @@ import models
 import options
 import utils
 
-# DPCD's clamp of beta by the teacher's family (method notes, "DPCD").
+# DPCD's clamp of beta by the teacher's family, as in its released code.
 DPCD_BETA_RANGE = {"wrn": (5.0, 8.0), "vgg": (5.0, 8.0), "resnet32x4": (6.0, 10.0), "ResNet50": (6.0, 10.0)}
 DPCD_BETA_RANGE_RESNET = (1.0, 4.0)
 # DKD's beta by the teacher's family, 8 for the others: its authors' CIFAR-100 settings, which DPCD's clamps enclose.
@@ -108,6 +108,8 @@ def create_pair(args, num_classes):
     if known != num_classes:
         raise utils.UserError(f"{args.tcheckpoint}: a teacher of {known} classes, but {args.dataset} has {num_classes}")
     student = models.create(args.arch, num_classes, 1 if args.method == "dpcd" else 4)
+    if args.method != "hsakd":
+        teacher = getattr(teacher, "backbone", teacher)  # these methods use its class logits alone
     if args.method == "kd":
         return student, losses.KDLoss(teacher, args.kd_T, args.ce_weight, args.kd_weight)
     if args.method == "dkd":

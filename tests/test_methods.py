@@ -43,9 +43,6 @@ def measure(capsys, *argv):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-# ---- online mutual distillation
-
-
 def test_both_networks_are_logged_and_the_best_is_named(pair_folder):
     """`test/top1` is the better network's, and the best epoch says which network that was."""
     lines = log_lines(pair_folder)
@@ -79,8 +76,6 @@ def test_pairs_only(tmp_path, capsys):
     assert status("train_online_kd_cifar", "--arch", "resnet8_aux", *QUICK_RUN, "--checkpoint-dir", tmp_path) == 2
     assert "resnet8_resnet8" in capsys.readouterr().err
 
-
-# ---- the methods of the student script
 
 TERMS = {
     "hsakd": {"task", "aux_kl", "logit_kl"},
@@ -149,6 +144,14 @@ def test_constants_follow_the_teachers_family_unless_given(tarch, dpcd_range, dk
 
 
 @pytest.mark.parametrize("method", TERMS)
+def test_only_hsakd_runs_the_teachers_heads(teacher, method):
+    """The others take the class logits alone: no arithmetic is spent on auxiliary classifiers that they do not read."""
+    pair = ["--tarch", "resnet8_aux", "--arch", "resnet8_aux", "--tcheckpoint", str(teacher), "--dataset", "digits"]
+    _, objective = methods.create_pair(train_student_cifar.parse_args([*pair, "--method", method]), 10)
+    assert hasattr(objective.teacher, "auxiliary_classifier") == (method == "hsakd")
+
+
+@pytest.mark.parametrize("method", TERMS)
 def test_constants_of_other_methods_are_refused(capsys, method):
     command = ["--tarch", "resnet56_aux", "--tcheckpoint", "a", "--method", method]
     foreign = set().union(*methods.METHODS.values()) - set(methods.METHODS[method])
@@ -157,9 +160,6 @@ def test_constants_of_other_methods_are_refused(capsys, method):
         with pytest.raises(SystemExit) as stop:
             train_student_cifar.parse_args([*command, flag, *["1"] * (2 if name.endswith("range") else 1)])
         assert stop.value.code == 2 and flag in capsys.readouterr().err
-
-
-# ---- few-shot
 
 
 def test_few_shot_trains_on_the_published_share_of_the_digits(tmp_path, teacher, capsys):
@@ -179,9 +179,6 @@ def test_few_shot_trains_on_the_published_share_of_the_digits(tmp_path, teacher,
     assert re.findall(r"(\d+) (\d+)", told[0]) == [(str(i), str(count)) for i, count in enumerate(counts)]
 
 
-# ---- the table of what the scripts wrote
-
-
 def test_report_reads_what_the_scripts_write(tmp_path, teacher, pair_folder):
     """Real run folders: one row a method, seeds joined, the frozen teacher's student apart from the joint one's."""
     common = (*QUICK_RUN, "--checkpoint-dir", tmp_path)
@@ -190,7 +187,7 @@ def test_report_reads_what_the_scripts_write(tmp_path, teacher, pair_folder):
         run("train_baseline_cifar", "--arch", "resnet8", *common, "--manual_seed", seed)
     backbone = tmp_path / f"train_baseline_cifar_arch_resnet8_{SEED}" / "resnet8.pth.tar"
     run("train_teacher_cifar", "--arch", "resnet8_aux", "--freezed", "--pretrained-backbone", backbone, *common)
-    frozen = tmp_path / f"train_teacher_cifar_arch_resnet8_aux_{SEED}_freezed" / "resnet8_aux.pth.tar"
+    frozen = tmp_path / f"train_teacher_cifar_arch_resnet8_aux_{SEED}" / "resnet8_aux.pth.tar"
     run("train_student_cifar", *student)
     run("train_student_cifar", *student, "--tcheckpoint", frozen, "--tag", "freezed")
     run("train_student_cifar", *student, "--method", "dpcd", "--tag", "dpcd")
