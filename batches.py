@@ -101,9 +101,10 @@ class TestBatches:
 
     def __init__(self, image_set, batch_size, world, limit=None):
         if len(image_set) < world.size:
-            raise UserError(f"{len(image_set)} test images do not divide among {world.size} processes")
+            raise UserError(f"fewer test images ({len(image_set)}) than processes ({world.size})")
         self.num_classes, self.size = len(image_set.classes), image_set.size
-        mine = torch.arange(world.rank, len(image_set), world.size)[: None if limit is None else limit * batch_size]
+        count = min(len(image_set), limit * batch_size) if limit else len(image_set)
+        mine = torch.arange(world.rank, count, world.size)
         share = image_set.subset(mine)
         self.images = share.images().to(world.device)
         self.labels = share.labels.to(world.device)
@@ -142,7 +143,8 @@ def load(args, world, augmentation=crop_flip, test_size=None):
     """
     if args.dataset in READERS:
         return importlib.import_module(READERS[args.dataset]).load(args, world)
-    train_set = datasets.load(args.dataset, args.data, True, args.num_workers)
+    with distributed.first_alone(world):  # what has to be downloaded, one process downloads
+        train_set = datasets.load(args.dataset, args.data, True, args.num_workers)
     test = load_test(args, world, test_size)
     train_set, held_out = split(train_set, args, world)
     augment = augmentation(train_set)
@@ -170,7 +172,9 @@ def load_test(args, world, size=None):
     """Read the test images of the data set of `args` into batches on the device."""
     if args.dataset in READERS:
         return importlib.import_module(READERS[args.dataset]).load_test(args, world)
-    return test_batches(datasets.load(args.dataset, args.data, False, args.num_workers), args, world, size)
+    with distributed.first_alone(world):
+        test_set = datasets.load(args.dataset, args.data, False, args.num_workers)
+    return test_batches(test_set, args, world, size)
 
 
 def test_batches(image_set, args, world, size=None):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 
-from utils import UserError
+from utils import UserError, first_line
 
 CIFAR100_STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -52,7 +52,7 @@ class ImageSet:
 def stratified_share(labels, ratio):
     """Return the indices of the published few-shot split: a stratified share `ratio` of the training set.
 
-    scikit-learn's StratifiedShuffleSplit with random_state 0 over the labels (method notes, "Recipes"); 1 means all.
+    scikit-learn's StratifiedShuffleSplit with random_state 0 over the labels (as the published few-shot runs); 1 means all.
     """
     if ratio == 1:
         return torch.arange(len(labels))
@@ -85,8 +85,7 @@ def from_torchvision(kind, root, train):
         found = maker(root, train=train, download=not folder.is_dir())
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         place = {"stl10": "stl10_binary", "cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}[kind]
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{kind}: unpack its archive so that {Path(root) / place} exists ({reason})") from None
+        raise UserError(f"{kind}: unpack its archive so that {Path(root) / place} exists ({first_line(error)})") from None
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     statistics = CIFAR100_STATISTICS if kind == "cifar100" else CIFAR10_STATISTICS
     return in_memory(images, found.targets, found.classes, statistics)
@@ -125,7 +124,7 @@ def decode(path, size=None):
         with Image.open(path) as file:
             image = file.convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"unreadable image {path} ({str(error).splitlines()[0]})") from None
+        raise UserError(f"unreadable image {path} ({first_line(error)})") from None
     if size and image.size != (size, size):
         scale = size / min(image.size)
         wide, high = (max(size, round(side * scale)) for side in image.size)
@@ -136,8 +135,7 @@ def decode(path, size=None):
 
 def image_size(path):
     """Return the side that the images of a folder get in memory: that of the image at `path`, at most 96."""
-    with Image.open(path) as file:
-        return min(*file.size, LARGEST_IN_MEMORY)
+    return min(*decode(path).shape[1:], LARGEST_IN_MEMORY)
 
 
 def image_folder(folders, train, workers, statistics):
@@ -146,10 +144,7 @@ def image_folder(folders, train, workers, statistics):
     names, samples = class_folders(folders[0])
     if not samples:
         raise UserError(f"no images: put them at {folders[0]}/<class>/* and {test}/<class>/*")
-    try:
-        size = image_size(samples[0][0])
-    except OSError as error:
-        raise UserError(f"unreadable image {samples[0][0]} ({error})") from None
+    size = image_size(samples[0][0])
     if not train:
         test_names, samples = class_folders(test)
         if test_names != names or not samples:

@@ -1,5 +1,6 @@
 """One process or many, by PyTorch's own launcher: the world of a run, its collectives and its entry point."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -11,7 +12,7 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 
-from utils import UserError
+from utils import UserError, first_line
 
 GRACE = 5  # seconds a process leaves the launcher to end it, before it tells what another has told already
 
@@ -53,7 +54,7 @@ def setup(args):
     if world.is_main and device.type == "cpu":
         print("no GPU found: running on the CPU", file=sys.stderr, flush=True)
     elif world.is_main and gpu_count(args.gpu_id) > size:
-        raise UserError(f"--gpu-id {args.gpu_id} names several GPUs for one process: add --multiprocessing-distributed")
+        raise UserError(f"--gpu-id {args.gpu_id}: one process uses one GPU; several train with --multiprocessing-distributed")
     if device.type == "cpu" and size > 1 and getattr(args, "sync_bn", False):
         raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -93,6 +94,11 @@ def gpu_count(gpu_id):
     return len(gpu_id.split(",")) if gpu_id else 1
 
 
+def available_cores():
+    """Return the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def relaunch(args, argv):
     """Start this script again under torchrun with one process per id of --gpu-id, as the published flags ask.
 
@@ -109,7 +115,7 @@ def relaunch(args, argv):
     if not args.gpu_id and torch.cuda.is_available():
         processes = torch.cuda.device_count()
     logging.disable(logging.ERROR)  # torchrun's, of this parent alone: the processes tell what went wrong
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // processes, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cores() // processes, 1)))
     # torchrun hands SIGTERM on to its processes, but not in every version SIGUSR1.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     launch = {
@@ -131,6 +137,8 @@ def relaunch(args, argv):
         told = ", ".join(f"process {rank} ended with status {status}" for status, rank in ended.items())
         print(f"{os.path.basename(argv[0])}: error: {told}", file=sys.stderr, flush=True)
         return 1
+    except dist.DistNetworkError as error:
+        raise UserError(f"--dist-url {args.dist_url}: no connection there ({first_line(error)})") from None
     return 0
 
 
@@ -144,6 +152,8 @@ def run(parse_args, main):
         main(args, world)
     except UserError as error:
         fail(error, 2)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
     except RuntimeError as error:
         if not lost_peer(error):
             raise
@@ -154,9 +164,8 @@ def run(parse_args, main):
 
 def lost_peer(error):
     """Return whether a collective failed because another process is gone."""
-    return dist.is_initialized() and any(
-        word in str(error) for word in ("Connection closed", "Connection reset", "Broken pipe")
-    )
+    words = ("Connection closed", "Connection reset", "Broken pipe", "ncclRemoteError", "communicator was aborted")
+    return dist.is_initialized() and any(word in str(error) for word in words)
 
 
 def fail(text, status, wait=False):
@@ -202,6 +211,16 @@ def gather_objects(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextlib.contextmanager
+def first_alone(world):
+    """Run the block in the first process, and in the others only when it is through there."""
+    if not world.is_main:
+        barrier()
+    yield
+    if world.is_main:
+        barrier()
 
 
 def barrier():

@@ -191,7 +191,8 @@ class FileBatches:
 
         Raises UserError at an unreadable image; with --skip-bad-images names it and counts them at the end.
         """
-        self.plan.batches, device, skipped = plan, self.world.device, 0
+        self.plan.batches, device = plan, self.world.device
+        skipped, empty, bad = 0, True, []
         for found in self.loader:
             if isinstance(self.images, EncodedImages):
                 found = self.images.decoded(*found, device)
@@ -202,9 +203,12 @@ class FileBatches:
                 print(f"skipped: {line}", file=sys.stderr, flush=True)
             skipped += len(bad)
             if len(labels):
+                empty = False
                 yield self.normalise(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
             elif self.images.fill:
                 raise UserError(f"{bad[0]}; nor are the {REPLACEMENTS - 1} images after it readable")
+        if empty and bad:
+            raise UserError(f"{bad[0]}; nor is any other image of this pass readable")
         if self.skip:
             skipped = distributed.total(skipped, self.world)
             if skipped and self.world.is_main:
@@ -243,10 +247,13 @@ class TestBatches(FileBatches):
 
     def __init__(self, files, args, world):
         transform = v2.Compose([v2.Resize(TEST_RESIZE, antialias=True), v2.CenterCrop(SIZE)])
+        if len(files) < world.size:
+            raise UserError(f"fewer test images ({len(files)}) than processes ({world.size})")
         super().__init__(files, transform, args, world, fill=False)
         self.num_classes, self.size = len(files.classes), SIZE
         size = max(args.batch_size // world.size, 1)
-        self.mine = range(world.rank, len(files), world.size)[: None if self.limit is None else self.limit * size]
+        count = min(len(files), self.limit * args.batch_size) if self.limit else len(files)
+        self.mine = range(world.rank, count, world.size)
         self.total = distributed.total(len(self.mine), world)
         self.items = [[(i, (0,)) for i in self.mine[at : at + size]] for at in range(0, len(self.mine), size)]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -27,7 +28,8 @@ SAFE_TYPES = [
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     SAFE_TYPES.append((type(np.float64(0)).__reduce__(np.float64(0))[0], f"{_module}.scalar"))
 
-# Arguments that may differ between a run and its resumption: they change where and how it runs, not what it computes.
+# Arguments that may differ between a run and its resumption: where and how it runs, how long, and paths, whose files may
+# have moved. (That the teacher is the same one is checked by its weights, see `digest`.)
 FREE_ARGUMENTS = {
     "data", "checkpoint_dir", "num_workers", "gpu_id", "resume", "evaluate", "epochs", "dist_url", "dist_backend",
     "world_size", "rank", "multiprocessing_distributed", "decode", "tcheckpoint", "pretrained_backbone", "skip_bad_images",
@@ -58,9 +60,6 @@ def learning_rate(args, epoch, progress=0.0):
 def first_line(error):
     """Return the first line of an error's message, shortened; its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-
-
-# ---- weights
 
 
 def read_checkpoint(path):
@@ -125,6 +124,15 @@ def load_weights(model, path, net=1):
     return content
 
 
+def digest(state):
+    """Return a short text that tells state dicts apart by their names and values."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def weights_layout(path):
     """Return (number of classes, rotations) of the weights at `path`, read off the widths of their classifiers.
 
@@ -139,9 +147,6 @@ def weights_layout(path):
     if joint and joint[0] not in (classes[0], 4 * classes[0]):
         raise UserError(f"{path}: its heads have {joint[0]} outputs for {classes[0]} classes, neither 1 nor 4 rotations")
     return classes[0], joint[0] // classes[0] if joint else None
-
-
-# ---- checkpoints
 
 
 def save_checkpoint(content, path):
@@ -173,9 +178,6 @@ def versions():
     import torchvision
 
     return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-
-
-# ---- runs
 
 
 def run_name(script, args):

@@ -1,10 +1,12 @@
 """Data: the distributions of torchvision's transforms, the order of an epoch, its split over processes, the data sets."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -42,9 +44,6 @@ def numbered_set(count, size=4):
 def train_batches(image_set, batch_size, world=world(), seed=0, limit=None):  # noqa: B008 - a tuple
     """Return training batches without padding, so that an image keeps its pixels."""
     return batches.DeviceBatches(image_set, batch_size, batches.CropFlip(image_set.size, 0), world, seed, limit)
-
-
-# ---- augmentation
 
 
 def test_crop_and_flip_are_torchvisions_for_every_draw():
@@ -109,9 +108,6 @@ def test_an_epochs_images_are_the_sets_augmented_by_its_draws():
         assert (batches.Normaliser(STATISTICS, CPU)(candidates) == image).flatten(1).all(1).any()
 
 
-# ---- order
-
-
 def labels_of(epoch):
     """Return the labels of an epoch's batches."""
     return [labels.tolist() for _, labels in epoch]
@@ -145,10 +141,8 @@ def test_limit_of_batches():
         == len(labels_of(train_batches(numbered_set(23), 5, limit=2).epoch(0)))
         == 2
     )
-    assert len(batches.TestBatches(numbered_set(23), 5, world(), limit=2)) == 10
-
-
-# ---- processes
+    for size in (1, 2, 3):  # as many images for any number of processes
+        assert sum(len(batches.TestBatches(numbered_set(23), 5, world(rank, size), limit=2)) for rank in range(size)) == 10
 
 
 @settings(max_examples=60, deadline=None)
@@ -195,11 +189,8 @@ def test_each_test_image_counts_once(size):
 def test_batch_and_test_set_that_do_not_divide():
     with pytest.raises(UserError, match="--batch-size 5 does not divide among 2"):
         train_batches(numbered_set(9), 5, world(0, 2))
-    with pytest.raises(UserError, match="2 test images"):
+    with pytest.raises(UserError, match=r"fewer test images \(2\) than processes \(3\)"):
         batches.TestBatches(numbered_set(2), 5, world(0, 3))
-
-
-# ---- data sets
 
 
 def test_digits_split():
@@ -262,6 +253,29 @@ def test_missing_data_is_one_line_that_says_what_to_put_where(kind, monkeypatch,
     assert len(str(error.value).splitlines()) == 1
     place = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py", "stl10": "stl10_binary"}[kind]
     assert str(tmp_path / place) in str(error.value)
+
+
+@pytest.mark.parametrize("kind, classes", [("cifar100", 100), ("cifar10", 10)])
+def test_cifar_is_read_from_its_original_files(kind, classes, monkeypatch, tmp_path):
+    """Pixels, labels and class names of pickles in the archives' layout, with the published statistics."""
+    maker = getattr(torchvision.datasets, kind.upper())
+    draw, label_key = np.random.RandomState(0), {"cifar100": "fine_labels", "cifar10": "labels"}[kind]
+    folder, written = tmp_path / maker.base_folder, {}
+    folder.mkdir()
+    for name, _ in [*maker.train_list, *maker.test_list]:
+        written[name] = {"data": draw.randint(0, 256, (2, 3072), np.uint8), label_key: draw.randint(0, classes, 2).tolist()}
+        (folder / name).write_bytes(pickle.dumps(written[name], 2))
+    names_key = {"cifar100": "fine_label_names", "cifar10": "label_names"}[kind]
+    (folder / maker.meta["filename"]).write_bytes(pickle.dumps({names_key: [str(i) for i in range(classes)]}, 2))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # these files' sums are others
+    for train, files in ((True, maker.train_list), (False, maker.test_list)):
+        found = datasets.load(kind, str(tmp_path), train)
+        pixels = np.concatenate([written[name]["data"] for name, _ in files]).reshape(-1, 3, 32, 32)
+        assert torch.equal(found.images(), torch.from_numpy(pixels)) and found.flip
+        assert found.labels.tolist() == [label for name, _ in files for label in written[name][label_key]]
+        assert found.classes == [str(i) for i in range(classes)]
+    if kind == "cifar100":
+        assert found.statistics == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 
 def write_images(folder, sizes, mode="RGB", suffix="png", seed=0):

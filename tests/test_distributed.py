@@ -180,6 +180,30 @@ def test_a_mistake_is_one_line_and_status_2(finished):
     assert sum("error" in line for line in told) == 1
 
 
+def test_a_port_in_use_is_one_line_and_status_2(finished):
+    """The published flags with the address of another run on this machine."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = published(finished[1])
+        command[-1] = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        process = launch(command)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert [line for line in told.splitlines() if "error" in line] == [told.splitlines()[-1]]
+    assert "--dist-url tcp://127.0.0.1" in told.splitlines()[-1]
+
+
+def test_one_process_downloads_before_the_others_look(monkeypatch):
+    """The first runs the block and then lets the others through; they wait, and then run it."""
+    events = []
+    monkeypatch.setattr(distributed, "barrier", lambda: events.append("barrier"))
+    for rank in (0, 1):
+        with distributed.first_alone(WORLD._replace(rank=rank, size=2)):
+            events.append(f"block {rank}")
+    assert events == ["block 0", "barrier", "barrier", "block 1"]
+
+
 def ranks_of(launcher):
     """Return rank -> process id of a launcher's processes."""
     found = {}

@@ -103,6 +103,17 @@ def test_unreadable_images_are_skipped_and_named(damaged, capsys):
     assert [labels.tolist() for _, labels in test] == [[0, 2, 3]] and test.total == 4
 
 
+def test_a_pass_without_a_readable_image_says_so(root):
+    """Also with --skip-bad-images, and where there are fewer test images than processes."""
+    for path in (shutil.copytree(root, root.parent / "unreadable") / "val").glob("*/*"):
+        path.write_bytes(b"")
+    found = imagefiles.load_test(arguments(root.parent / "unreadable", "--skip-bad-images"), WORLD)
+    with pytest.raises(UserError, match="nor is any other image of this pass readable"):
+        list(found)
+    with pytest.raises(UserError, match=r"fewer test images \(4\) than processes \(5\)"):
+        imagefiles.load_test(arguments(root), World(0, 5, WORLD.device))
+
+
 def test_random_crops_are_torchvisions(root):
     """The same draws give torchvision's own pixels, and a batch of them is channels-last in memory."""
     image = imagefiles.decode(root / "train" / "n00000000" / "0.JPEG")
