@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import resource
 import sys
 import time
 
@@ -13,9 +12,8 @@ from tqdm import tqdm
 
 import distributed
 import fast
-import models
 import utils
-from metrics import Totals, evaluate, training_sums
+from metrics import Totals, evaluate, peak_memory, summary, training_sums
 from objective import unwrap
 from precision import resolve_precision
 from preemption import Preempted, StopSignal
@@ -31,6 +29,8 @@ class Run:
         self.model = model.to(world.device, memory_format=torch.channels_last)
         self.objective = objective.to(world.device)
         self.folder = utils.RunFolder(args.script, args)
+        teacher = self.objective.teacher
+        self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, torch.nn.Module) else None
         self.epoch, self.step_in_epoch = 0, 0
         self.totals = Totals(world.device)
         self.best, self.last_accuracy = {"acc": -1.0, "epoch": 0, "net": None}, None
@@ -47,7 +47,7 @@ class Run:
             lr=args.init_lr,
             momentum=0.9,
             weight_decay=args.weight_decay,
-            nesterov=not models.is_imagenet(args.arch),
+            nesterov=args.nesterov,
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
@@ -75,7 +75,9 @@ class Run:
         self.forward = self.forward_eager
         if args.compile:
             usual = math.ceil(args.batch_size / self.world.size / args.accumulate)
-            self.forward = fast.CompiledStep(self.forward_eager, usual, device, self.objective.state.values())
+            # DistributedDataParallel's hooks break the graph, and CUDA graphs of the pieces would fix their buffers.
+            graphs = device.type == "cuda" and self.world.size == 1
+            self.forward = fast.CompiledStep(self.forward_eager, usual, device, graphs, self.objective.state.values())
 
     def forward_eager(self, images, labels, epoch):
         """Return the loss of a batch and its training sums (name -> scalar)."""
@@ -124,7 +126,7 @@ class Run:
         bar.close()
 
     def show_progress(self, bar):
-        """Put loss, accuracy and images/s of this process so far behind the progress bar."""
+        """Put this process's loss and accuracy so far, and the images/s of all, behind the progress bar."""
         means = self.totals.means(over_ranks=False)
         speed = self.args.batch_size * (bar.format_dict["rate"] or 0)
         shown = {"loss": means["loss"], **{k: v for k, v in means.items() if k.endswith("top1")}, "img/s": speed}
@@ -169,6 +171,7 @@ class Run:
                 "rng": {"torch": torch.get_rng_state()},
                 "order": {"seed": self.args.manual_seed, "epoch": self.epoch, "step": self.step_in_epoch},
                 "objective": objective,
+                "teacher_digest": self.teacher_digest,
                 "totals": totals,
                 "scaler": self.scaler.state_dict(),
                 "precision": str(self.precision).removeprefix("torch."),
@@ -188,6 +191,8 @@ class Run:
     def restore(self):
         """Go on where the run folder's last checkpoint stands."""
         content = utils.load_weights(self.model, self.folder.last)
+        if content.get("teacher_digest") != self.teacher_digest:
+            raise utils.UserError(f"--resume: the run in {self.folder.path} has a teacher of other weights: use --tag")
         try:
             self.precision = {"None": None}.get(content["precision"], getattr(torch, content["precision"], None))
             self.prepare()
@@ -262,35 +267,17 @@ def train(run):
 
 def one_epoch(run, epoch, stop):
     """Train and test one epoch and return its flat record."""
-    began, first_step = time.perf_counter(), run.step_in_epoch
+    began, seen_before = time.perf_counter(), run.totals.count.item()
     run.train_epoch(epoch, stop)
-    trained = {f"train/{name}": value for name, value in run.totals.means().items()}
+    images = (run.totals.count.item() - seen_before) * run.world.size  # read here, it waits for the device as well
     seconds = time.perf_counter() - began
-    images = (run.step_in_epoch - first_step) * run.args.batch_size
+    trained = {f"train/{name}": value for name, value in run.totals.means().items()}
     run.totals, run.step_in_epoch, run.epoch = Totals(run.world.device), 0, epoch + 1
     record = {"epoch": epoch + 1, "lr": run.optimizer.param_groups[0]["lr"], **trained, **run.test(epoch)}
     run.last_accuracy = record["test/top1"]
     record.update({"images_per_second": images / seconds, "seconds": time.perf_counter() - began})
     record["peak_memory_mb"] = peak_memory(run.world.device)
     return record
-
-
-def peak_memory(device):
-    """Return the most memory, in MiB, that this process has taken: on its GPU, or of the machine where it has none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def summary(record, epochs):
-    """Return an epoch's line: loss, accuracies, speed and time left."""
-    left = (epochs - record["epoch"]) * record["seconds"]
-    accuracies = ", ".join(f"{k} {v:.2f}" for k, v in record.items() if k.endswith("top1"))
-    return (
-        f"epoch {record['epoch']}/{epochs}: loss {record['train/loss']:.4f}, {accuracies}, "
-        f"{record['images_per_second']:.0f} images/s, {record['peak_memory_mb']:.0f} MiB, "
-        f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
-    )
 
 
 def report_best(run):

@@ -1,4 +1,4 @@
-"""Train a linear classifier on a frozen backbone's features of another data set: how well they transfer.
+r"""Train a linear classifier on a frozen backbone's features of another data set: how well they transfer.
 
     python eval_rep.py --arch mobilenetV2 --dataset STL-10 --data ./data/ --s-path \
         ./checkpoint/train_student_cifar_tarch_vgg13_bn_aux_arch_mobilenetV2_aux_dataset_cifar100_seed0/mobilenetV2_aux.pth.tar

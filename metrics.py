@@ -1,4 +1,7 @@
-"""What is measured: sums that stay on the device, accuracies of every classifier, evaluation."""
+"""What is measured: sums that stay on the device, accuracies of every classifier, evaluation, cost; and how it is told."""
+
+import resource
+import sys
 
 import torch
 from torch.nn import functional as F
@@ -54,8 +57,8 @@ def hits(logits, labels):
 
 
 def class_logits(aux_logits, rotations):
-    """Return class logits (B, N) of joint logits (B, N*M): the sum over each class's M rotations (METHOD, Recipes)."""
-    return aux_logits.unflatten(1, (-1, rotations)).sum(2)
+    """Return class logits (B, N) of joint logits (B, N*M): the sum over each class's M rotations (HSAKD's released code)."""
+    return aux_logits.float().unflatten(1, (-1, rotations)).sum(2)
 
 
 def head_hits(aux_logits, labels, rotations):
@@ -147,3 +150,21 @@ def cost(network, size):
         name: {"parameters": sum(p.numel() for p in part.parameters()), "multiply_adds": multiply_adds(part, size)}
         for name, part in parts.items()
     }
+
+
+def peak_memory(device):
+    """Return the most memory, in MiB, that this process has taken: on its GPU, or of the machine where it has none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def summary(record, epochs):
+    """Return an epoch's line: loss, accuracies, speed and time left."""
+    left = int((epochs - record["epoch"]) * record["seconds"])
+    accuracies = ", ".join(f"{k} {v:.2f}" for k, v in record.items() if k.endswith("top1"))
+    return (
+        f"epoch {record['epoch']}/{epochs}: loss {record['train/loss']:.4f}, {accuracies}, "
+        f"{record['images_per_second']:.0f} images/s, {record['peak_memory_mb']:.0f} MiB, "
+        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+    )

@@ -8,15 +8,22 @@ from pathlib import Path
 import models
 
 DATASETS = ["cifar100", "cifar10", "digits", "tinyimagenet", "stl10", "imagefolder", "imagenet"]
-# Method notes, "Recipes": the light networks start at 0.01, all others at 0.05.
+# As published: the light networks start at 0.01, all others at 0.05.
 LIGHT_NETWORKS = ("mobilenet", "mbv2", "shuffle")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and the defaults of the flags that have one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit status 2."""
 
     def __init__(self, description, **kwargs):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(description=description, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message):
         """Print `message` as one line and exit with status 2."""
@@ -96,8 +103,9 @@ def dataset(name):
 
 def gpu_ids(text):
     """Check a comma-separated list of GPU numbers."""
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"expected GPU numbers such as 0 or 0,1, got {text!r}")
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"expected GPU numbers such as 0 or 0,1, each once, got {text!r}")
     return text
 
 
@@ -123,10 +131,10 @@ def training_parser(script, description, arch, dataset_name="cifar100", epochs=2
     """Return the parser of a training script: the base flags, the recipe, runs and processes."""
     parser = base_parser(script, description, arch, dataset_name)
     add = parser.add_argument
-    add("--epochs", type=positive, default=epochs)
+    add("--epochs", type=positive, default=epochs, help="passes over the training images")
     add("--manual_seed", type=seed, default=0, help="seed of weights, data order and augmentation")
     add("--init-lr", type=above_zero, help="initial learning rate; default by the recipe of the architecture")
-    add("--weight-decay", type=not_negative(float), default=5e-4)
+    add("--weight-decay", type=not_negative(float), default=5e-4, help="of all parameters, BatchNorm's too")
     add("--milestones", type=positive, nargs="+", default=list(milestones), help="epochs at which the rate is x0.1")
     add("--warmup-epoch", type=not_negative(int), default=0, help="epochs of linear warm-up")
     add("--val-split", type=held_out_share, default=0.0, help="select the best epoch on this share of training images")
@@ -137,6 +145,7 @@ def training_parser(script, description, arch, dataset_name="cifar100", epochs=2
     add("--resume", action="store_true", help="go on with the run in the run folder")
     add("--evaluate", action="store_true", help="test the run folder's best weights and stop")
     add_distributed(parser)
+    parser.set_defaults(nesterov=True)
     return parser
 
 
@@ -171,7 +180,7 @@ def add_freezing(parser):
 def imagenet_parser(script, description, arch):
     """Return the parser of an ImageNet training script: `training_parser` with that recipe's defaults."""
     parser = training_parser(script, description, arch, "imagenet", epochs=100, milestones=(30, 60, 90))
-    parser.set_defaults(data="./data/ImageNet", batch_size=256, weight_decay=1e-4)
+    parser.set_defaults(data="./data/ImageNet", batch_size=256, weight_decay=1e-4, nesterov=False)
     return parser
 
 

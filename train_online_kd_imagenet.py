@@ -1,4 +1,4 @@
-"""Train two networks that teach each other on ImageNet: online mutual distillation (HSSAKD).
+r"""Train two networks that teach each other on ImageNet: online mutual distillation (HSSAKD).
 
     python train_online_kd_imagenet.py --arch resnet18_resnet18 --data ./data/ImageNet/ \
         --multiprocessing-distributed --gpu-id 0,1,2,3,4,5,6,7

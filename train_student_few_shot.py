@@ -1,4 +1,4 @@
-"""Distil a trained teacher into a student on a stratified share of the training set.
+r"""Distil a trained teacher into a student on a stratified share of the training set.
 
     python train_student_few_shot.py --tarch resnet56_aux --arch resnet20_aux --few-ratio 0.25 --manual_seed 0 \
         --tcheckpoint ./checkpoint/train_teacher_cifar_arch_resnet56_aux_dataset_cifar100_seed0/resnet56_aux.pth.tar

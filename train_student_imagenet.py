@@ -1,4 +1,4 @@
-"""Distil a trained ImageNet teacher into a student.
+r"""Distil a trained ImageNet teacher into a student.
 
     python train_student_imagenet.py --tarch resnet34_imagenet_aux --arch resnet18_imagenet_aux --data ./data/ImageNet/ \
         --tcheckpoint ./checkpoint/train_teacher_imagenet_arch_resnet34_aux_dataset_imagenet_seed1/\

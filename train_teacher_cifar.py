@@ -1,7 +1,7 @@
 """Train a teacher with auxiliary classifiers: jointly from scratch, or on top of a frozen pre-trained backbone.
 
     python train_teacher_cifar.py --arch wrn_40_2_aux --manual_seed 0
-    python train_teacher_cifar.py --arch wrn_40_2_aux --freezed --pretrained-backbone ./wrn_40_2.pth --manual_seed 0
+    python train_teacher_cifar.py --arch wrn_40_2_aux --freezed --pretrained-backbone ./wrn_40_2.pth --tag freezed
 
 Recipe: jointly 240 epochs, x0.1 at 150/180/210; frozen 100 epochs, x0.1 at 30/60/90.
 Published on CIFAR-100 (joint): WRN-40-2 80.70, ResNet-56 77.20, ResNet32x4 83.73, VGG-13 78.48, ResNet-50 83.85.
@@ -24,8 +24,6 @@ def parse_args(argv=None):
     args = options.finish(parser, argv)
     options.require_aux(parser, args, "arch")
     options.check_freezing(parser, args)
-    if args.freezed and not args.tag:
-        args.tag = "freezed"  # the joint teacher's folder is the one that the published commands name
     return args
 
 

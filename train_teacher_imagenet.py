@@ -1,4 +1,4 @@
-"""Train an ImageNet teacher with auxiliary classifiers: on top of a frozen pre-trained backbone, or jointly.
+r"""Train an ImageNet teacher with auxiliary classifiers: on top of a frozen pre-trained backbone, or jointly.
 
     python train_teacher_imagenet.py --freezed --pretrained-backbone ./pretrained_backbones/resnet34-333f7ec4.pth \
         --data ./data/ImageNet/ --multiprocessing-distributed --gpu 0,1,2,3,4,5,6,7 --manual_seed 0

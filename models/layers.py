@@ -65,7 +65,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 def init_weights(module: nn.Module, linear_std: float | None = None) -> None:
-    """Initialise as METHOD.md says: convolutions N(0, 2 / (k * k * out_channels)), BatchNorm 1/0, biases 0.
+    """Initialise as the released code: convolutions N(0, 2 / (k * k * out_channels)), BatchNorm 1/0, biases 0.
 
     Linear weights keep PyTorch's default unless `linear_std` asks for N(0, linear_std^2).
     """

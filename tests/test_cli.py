@@ -15,6 +15,7 @@ import distributed
 import losses
 import methods
 import models
+import test_model
 import utils
 
 SCRIPTS = (*TRAINING, "test_model")
@@ -48,9 +49,6 @@ def commands(weights):
         ("train_student_few_shot", student(weights)),
         ("train_online_kd_cifar", ("--arch", "resnet8_resnet8")),
     ]
-
-
-# ---- every script runs, every flag is read
 
 
 def test_no_training_script_is_left_out():
@@ -141,13 +139,17 @@ def test_test_model(file, arch, flags, weights, tmp_path, monkeypatch, capsys):
         assert all(torch.equal(value, start[f"backbone.{key}"]) for key, value in network.state_dict().items())
 
 
+def test_recorded_numbers_may_be_tensors():
+    content = {"net": {}, "epoch": 239, "acc": torch.tensor(76.5)}
+    assert test_model.recorded(content) == {"recorded_epoch": 239, "recorded_acc": 76.5}
+    assert test_model.recorded({"acc": "none", "epoch": None}) == {}
+
+
 def test_test_model_prints_lines_for_a_reader(weights, capsys):
     scripts.run("test_model", *QUICK, "--arch", "resnet8_aux", "--student-weights", weights / "aux.pth")
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("top1: ") for line in lines) and any("M multiply-adds" in line for line in lines)
 
-
-# ---- published commands
 
 PUBLISHED = r"""
 python test_model.py --arch wrn_16_2_aux --student-weights ./checkpoint/train_student_cifar_tarch_wrn_40_2_aux_arch_wrn_16_2_aux_dataset_cifar100_seed0/wrn_16_2_aux_best.pth.tar
@@ -227,9 +229,6 @@ def test_frozen_teachers_schedule():
     assert (frozen.epochs, frozen.milestones) == (100, [30, 60, 90])
     assert (parse([]).epochs, parse([]).milestones) == (240, [150, 180, 210])
     assert parse(["--freezed", "--pretrained-backbone", "b.pth", "--epochs", "7"]).epochs == 7
-
-
-# ---- mistakes
 
 
 def one_line(script, argv, capsys):
@@ -361,8 +360,6 @@ def test_no_gpu_at_all_is_told(monkeypatch, capsys):
     assert distributed.setup(argparse.Namespace(gpu_id="3")) == WORLD
     assert capsys.readouterr().err == "no GPU found: running on the CPU\n"
 
-
-# ---- the published pairs
 
 PAIRS = [
     ("wrn_40_2_aux", "wrn_16_2_aux"),

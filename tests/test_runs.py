@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import scripts
 import torch
 from scripts import QUICK, QUICK_RUN, log_lines, run, save_teacher, status
 
@@ -87,13 +86,10 @@ def interrupt(monkeypatch, script, argv, epoch, step):
     assert stop.value.code == 143
 
 
-# ---- interrupted and resumed
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_run_resumes_to_the_bit(number, whole_teacher, tmp_path):
     argv = [*TEACHER, "--checkpoint-dir", str(tmp_path)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, "train_teacher_cifar.py", *argv], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -129,6 +125,19 @@ def test_dpcd_resumes_to_the_bit_with_its_running_state(tmp_path, monkeypatch):
     assert_same_run(folder, tmp_path / "whole" / STUDENT_RUN)
 
 
+def test_a_run_goes_on_with_its_own_teacher_only(tmp_path):
+    """The teacher's file may move, but other weights are another run."""
+    own, other = (save_teacher(tmp_path / name) for name in ("own.pth", "other.pth"))
+    content = torch.load(other)
+    content["net"]["backbone.conv1.weight"] += 1
+    torch.save(content, other)
+    argv = ["--arch", "resnet8_aux", "--tarch", "resnet8_aux", *QUICK, "--checkpoint-dir", tmp_path / "runs"]
+    run("train_student_cifar", *argv, "--epochs", 1, "--tcheckpoint", own)
+    with pytest.raises(utils.UserError, match="has a teacher of other weights"):
+        run("train_student_cifar", *argv, "--epochs", 2, "--resume", "--tcheckpoint", other)
+    run("train_student_cifar", *argv, "--epochs", 2, "--resume", "--tcheckpoint", own.rename(tmp_path / "moved.pth"))
+
+
 def test_crash_between_log_and_checkpoint_logs_each_epoch_once(tmp_path, monkeypatch, whole_teacher):
     argv = [*TEACHER, "--checkpoint-dir", tmp_path]
     save = engine.Run.save
@@ -149,32 +158,6 @@ def test_finished_run_resumed_stays_as_it_is(whole_teacher, capsys):
     run("train_teacher_cifar", *TEACHER, "--checkpoint-dir", whole_teacher.parent, "--resume")
     assert same(checkpoint(whole_teacher)["net"], before["net"]) and len(log_lines(whole_teacher)) == 3
     assert "best top-1" in capsys.readouterr().out
-
-
-def test_accumulated_batch_is_the_batch_of_a_backbone_without_batch_statistics():
-    """Each part's loss counts by its share of the batch, so that uneven parts weigh every image alike."""
-    import argparse
-
-    from torch import nn
-
-    import losses
-
-    gradients = []
-    for parts in (1, 3):
-        torch.manual_seed(0)
-        args = argparse.Namespace(
-            script="s", arch="resnet8", dataset="digits", manual_seed=0, tag=None, checkpoint_dir="/nowhere", amp="off",
-            accumulate=parts, init_lr=1.0, weight_decay=0.0, sync_bn=False, compile=False,
-        )  # fmt: skip
-        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
-        job = engine.Run(args, scripts.WORLD, model, losses.CrossEntropyLoss(), None)
-        job.prepare()
-        job.step(torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(7), 0)
-        gradients.append(model[1].weight.detach().clone())
-    torch.testing.assert_close(*gradients)
-
-
-# ---- folders
 
 
 def test_folder_that_holds_a_run_is_not_overwritten(whole_teacher, capsys):
@@ -232,9 +215,6 @@ def test_damaged_last_checkpoint_is_told(tmp_path, capsys):
     save_teacher(last)
     assert status("train_teacher_cifar", *argv, "--resume") == 2
     assert "no checkpoint of this project to resume from" in capsys.readouterr().err
-
-
-# ---- best and last, validation, evaluation
 
 
 def scripted_accuracies(monkeypatch, values):
