@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python} DATA=${DATA:-./data} CHECKPOINTS=${CHECKPOINTS:-./checkpoint} GPU=${GPU:-0} SEED=${SEED:-0}
 
 for backbone in wrn_40_2 resnet56 resnet32x4 vgg13_bn ResNet50; do
-    $PYTHON train_teacher_cifar.py --arch "${backbone}_aux" --freezed \
+    $PYTHON train_teacher_cifar.py --arch "${backbone}_aux" --freezed --tag freezed \
         --pretrained-backbone "$CHECKPOINTS/train_baseline_cifar_arch_${backbone}_dataset_cifar100_seed$SEED/$backbone.pth.tar" \
         --data "$DATA" --checkpoint-dir "$CHECKPOINTS" --gpu-id "$GPU" --manual_seed "$SEED"
 done
