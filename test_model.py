@@ -42,6 +42,13 @@ def export_backbone(network, result, path):
     utils.save_checkpoint({"net": utils.to_cpu(backbone.state_dict()), "epoch": result.get("recorded_epoch"), **about}, path)
 
 
+def recorded(content):
+    """Return the epoch and accuracy that a checkpoint's dict holds, whether as numbers or as tensors of one."""
+    found = {key: content.get(key) for key in ("epoch", "acc")}
+    plain = {key: value.item() if torch.is_tensor(value) and value.numel() == 1 else value for key, value in found.items()}
+    return {f"recorded_{key}": value for key, value in plain.items() if isinstance(value, (int, float))}
+
+
 def main(args, world):
     """Test the weights and print the results."""
     num_classes, rotations = utils.weights_layout(args.student_weights)
@@ -52,6 +59,7 @@ def main(args, world):
     if images.num_classes != num_classes:
         raise utils.UserError(f"{args.student_weights}: {num_classes} classes, but {args.dataset} has {images.num_classes}")
     precision = resolve_precision(args.amp, world.device)
+    tested = evaluate(network, images, world.device, precision, heads=True)  # first: it also warms the device up
     began = time.perf_counter()
     evaluate(network, images, world.device, precision)
     seconds = time.perf_counter() - began
@@ -60,9 +68,9 @@ def main(args, world):
         "dataset": args.dataset,
         "num_classes": num_classes,
         "method": content.get("method") or METHODS[rotations if models.is_aux(args.arch) else None],
-        **{f"recorded_{key}": content[key] for key in ("epoch", "acc") if isinstance(content.get(key), (int, float))},
+        **recorded(content),
         "images": images.total,
-        **evaluate(network, images, world.device, precision, heads=True),
+        **tested,
         **cost(network, images.size),
         "images_per_second": images.total / seconds,
     }

@@ -39,9 +39,6 @@ def as_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
-# ---- augmentation
-
-
 @pytest.mark.parametrize("source", [32, 64, 96])
 def test_resized_crops_and_flips_are_torchvisions(source):
     """Within PIL's two roundings (one of each pass) for small, large and whole boxes."""
@@ -81,9 +78,6 @@ def test_boxes_have_torchvisions_distribution():
 def test_a_box_that_never_fits_is_the_whole_image_and_flips_can_be_off():
     draws = augment.ResizedCropFlip(64, 32, scale=(2.0, 3.0), flip=False).draw(9, torch.Generator().manual_seed(0))
     assert draws.tolist() == [[0, 0, 64, 64, 0]] * 9
-
-
-# ---- the frozen network
 
 
 @pytest.mark.parametrize("name", CIFAR)
@@ -157,9 +151,6 @@ def test_resumed_classifier_is_the_uninterrupted_one(tmp_path, stl10):
     assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
 
 
-# ---- TinyImageNet
-
-
 @pytest.fixture
 def tiny_imagenet(tmp_path):
     """Write a TinyImageNet of two classes, dark and bright, in the original layout; return its folder."""
@@ -187,9 +178,6 @@ def test_tiny_imagenet_from_the_archive_to_a_classifier(tmp_path, tiny_imagenet,
     subprocess.run([sys.executable, PREPROCESS, tiny_imagenet], check=True, capture_output=True)
     run("eval_rep", *command)
     assert log_lines(tmp_path / "eval_rep_arch_resnet8_dataset_tinyimagenet_seed0")[-1]["test/top1"] == 100
-
-
-# ---- the command line
 
 
 def test_published_recipe_is_the_default():

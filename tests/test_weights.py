@@ -66,9 +66,6 @@ def refused(path, model=None):
     return text
 
 
-# ---- layouts
-
-
 @pytest.mark.parametrize("name", ["resnet20_aux", "vgg8_bn_aux", "WRN_16_2_WRN_16_2"])
 def test_published_weights_load_and_compute_the_published_outputs(name, tmp_path):
     state = {key: torch.as_tensor(fill(key, tuple(shape))) for key, shape in layouts()[name].items()}
@@ -207,9 +204,6 @@ def test_teacher_of_the_wrong_kind(tmp_path):
             methods.create_pair(args, 10)
 
 
-# ---- what is refused
-
-
 def test_wrong_architecture_names_the_first_keys(tmp_path):
     torch.save({"net": small().state_dict()}, tmp_path / "a.pth")
     assert "missing: backbone.layer1.1.conv1.weight" in refused(tmp_path / "a.pth", models.create("resnet14_aux", 10))
@@ -289,9 +283,6 @@ def test_weights_that_execute_code_are_refused_and_not_executed(legacy, tmp_path
     assert not (tmp_path / "executed").exists()
     torch.save(nn.Linear(1, 1), tmp_path / "b.pth")  # a whole pickled module is code too
     refused(tmp_path / "b.pth")
-
-
-# ---- our checkpoints
 
 
 def test_checkpoint_is_self_describing_and_loads_safely(tmp_path):
