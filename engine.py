@@ -1,7 +1,6 @@
 """The only loops of the project: train one epoch, fit a run with checkpoints and logs."""
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -12,9 +11,9 @@ from tqdm import tqdm
 
 import distributed
 import fast
+import runs
 import utils
 from metrics import Totals, evaluate, peak_memory, summary, training_sums
-from objective import unwrap
 from precision import resolve_precision
 from preemption import Preempted, StopSignal
 
@@ -28,7 +27,7 @@ class Run:
         self.args, self.world, self.data = args, world, data
         self.model = model.to(world.device, memory_format=torch.channels_last)
         self.objective = objective.to(world.device)
-        self.folder = utils.RunFolder(args.script, args)
+        self.folder = runs.RunFolder(args.script, args)
         teacher = self.objective.teacher
         self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, torch.nn.Module) else None
         self.epoch, self.step_in_epoch = 0, 0
@@ -82,7 +81,15 @@ class Run:
     def forward_eager(self, images, labels, epoch):
         """Return the loss of a batch and its training sums (name -> scalar)."""
         with torch.autocast(images.device.type, dtype=self.precision, enabled=self.precision is not None):
-            terms, predictions = self.objective.step(self.wrapped, images, labels, epoch)
+            try:
+                terms, predictions = self.objective.step(self.wrapped, images, labels, epoch)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise utils.UserError(
+                    f"{self.args.arch} cannot train on a batch of {len(images)} image of this size: its BatchNorm needs more "
+                    "than one value a channel; take another --batch-size"
+                ) from None
         return sum(terms.values()), training_sums(terms, predictions, labels)
 
     def step(self, images, labels, epoch):
@@ -121,9 +128,17 @@ class Run:
             if not bar.disable and self.step_in_epoch % 20 == 0:
                 self.show_progress(bar)
             if stop.agreed(self.world, self.step_in_epoch, len(batches)):
+                self.check_finite(epoch)
                 self.save()
                 raise Preempted
         bar.close()
+        self.check_finite(epoch)
+
+    def check_finite(self, epoch):
+        """Raise UserError where training has diverged, before anything of that is saved."""
+        values = [value.isfinite().all() for value in self.model.state_dict().values() if value.is_floating_point()]
+        if not torch.stack(values).all():
+            raise utils.UserError(f"training diverged in epoch {epoch + 1}: weights are not finite; try a lower --init-lr")
 
     def show_progress(self, bar):
         """Put this process's loss and accuracy so far, and the images/s of all, behind the progress bar."""
@@ -150,62 +165,14 @@ class Run:
             record["best/net"] = self.best["net"]
         return record
 
-    def state(self):
-        """Return everything a checkpoint holds; every rank takes part."""
-        objective = distributed.gather_objects(utils.to_cpu(self.objective.state_dict()))
-        totals = self.totals.state_dict() if self.step_in_epoch else {}
-        model = unwrap(self.model)
-        return utils.to_cpu(
-            {
-                "net": model.state_dict(),
-                "acc": self.last_accuracy,
-                "epoch": self.epoch,
-                "optimizer": self.optimizer.state_dict(),
-                "arch": self.args.arch,
-                "num_classes": self.data.num_classes,
-                "rotations": getattr(model, "rotations", None),
-                "dataset": self.args.dataset,
-                "method": getattr(self.args, "method", None),
-                "args": json.loads(json.dumps(vars(self.args))),
-                "versions": utils.versions(),
-                "rng": {"torch": torch.get_rng_state()},
-                "order": {"seed": self.args.manual_seed, "epoch": self.epoch, "step": self.step_in_epoch},
-                "objective": objective,
-                "teacher_digest": self.teacher_digest,
-                "totals": totals,
-                "scaler": self.scaler.state_dict(),
-                "precision": str(self.precision).removeprefix("torch."),
-                "best": self.best,
-            }
-        )
-
     def save(self, best=False):
         """Write the last checkpoint, and before it the best one where this is it."""
-        state = self.state()
+        state = runs.checkpoint_of(self)
         if self.world.is_main:
             if best:
                 utils.save_checkpoint(state, self.folder.best)
             utils.save_checkpoint(state, self.folder.last)
         distributed.barrier()
-
-    def restore(self):
-        """Go on where the run folder's last checkpoint stands."""
-        content = utils.load_weights(self.model, self.folder.last)
-        if content.get("teacher_digest") != self.teacher_digest:
-            raise utils.UserError(f"--resume: the run in {self.folder.path} has a teacher of other weights: use --tag")
-        try:
-            self.precision = {"None": None}.get(content["precision"], getattr(torch, content["precision"], None))
-            self.prepare()
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scaler.load_state_dict(content["scaler"])
-            saved = content["objective"]
-            self.objective.load_state_dict(saved[self.world.rank % len(saved)])
-            self.epoch, self.step_in_epoch = content["order"]["epoch"], content["order"]["step"]
-            self.totals.load_state_dict(content["totals"], self.world.is_main)
-            self.best, self.last_accuracy = content["best"], content["acc"]
-            torch.set_rng_state(content["rng"]["torch"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise utils.UserError(f"{self.folder.last}: no checkpoint of this project to resume from ({error})") from None
 
 
 def start(run):
@@ -215,12 +182,14 @@ def start(run):
         run.folder.claim(args.resume)
     distributed.barrier()
     if args.resume and run.folder.last.exists():
-        run.restore()
+        runs.restore(run)
         say(run, f"resuming at epoch {run.epoch + 1}, step {run.step_in_epoch}")
     else:
         if args.resume:
             say(run, f"--resume: nothing in {run.folder.path} yet, starting from the beginning")
         run.prepare()
+    if run.world.is_main:
+        run.folder.write_settings()
 
 
 def say(run, text):
@@ -246,8 +215,10 @@ def train(run):
     args, world, data = run.args, run.world, run.data
     stop = StopSignal()
     start(run)
-    log = utils.RunLog(run.folder, run.epoch) if world.is_main else None
-    say(run, f"{run.folder.path}: lr {args.init_lr}, {run.precision or 'float32'}, {len(data.train)} steps an epoch")
+    log = runs.RunLog(run.folder, run.epoch) if world.is_main else None
+    precision = str(run.precision or torch.float32).removeprefix("torch.")
+    say(run, f"{run.folder.path}: lr {args.init_lr}, {precision}, {data.num_classes} classes, "
+             f"{data.size} x {data.size} pixels, {len(data.train)} steps an epoch")  # fmt: skip
     try:
         for epoch in range(run.epoch, args.epochs):
             record = one_epoch(run, epoch, stop)

@@ -1,18 +1,14 @@
-"""Weights, checkpoints, run folders, logs and the learning-rate schedule."""
+"""Weights, checkpoints, seeds, users' mistakes and the learning-rate schedule."""
 
 import argparse
-import fcntl
 import hashlib
-import json
 import os
 import pickle
 import platform
 import random
 import re
-import time
 import warnings
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,15 +24,7 @@ SAFE_TYPES = [
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     SAFE_TYPES.append((type(np.float64(0)).__reduce__(np.float64(0))[0], f"{_module}.scalar"))
 
-# Arguments that may differ between a run and its resumption: where and how it runs, how long, and paths, whose files may
-# have moved. (That the teacher is the same one is checked by its weights, see `digest`.)
-FREE_ARGUMENTS = {
-    "data", "checkpoint_dir", "num_workers", "gpu_id", "resume", "evaluate", "epochs", "dist_url", "dist_backend",
-    "world_size", "rank", "multiprocessing_distributed", "decode", "tcheckpoint", "pretrained_backbone", "skip_bad_images",
-}  # fmt: skip
-
-
-LOCK_PATIENCE = 10  # seconds that --resume waits for a killed run to let go of its folder
+HEAD_WEIGHT = r"(fc\d?|linear|classifier)\.weight$"  # the last layer of every network here
 
 
 class UserError(Exception):
@@ -59,13 +47,14 @@ def learning_rate(args, epoch, progress=0.0):
 
 def first_line(error):
     """Return the first line of an error's message, shortened; its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # torch's own message begins with advice
+    return (text.strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def read_checkpoint(path):
     """Return the dict stored at `path`, read without executing anything; raise UserError when it is missing or broken."""
     if not path or not os.path.isfile(path):
-        raise UserError(f"no such file: {path}")
+        raise UserError(f"{path} is a folder, not a file" if path and os.path.isdir(path) else f"no such file: {path}")
     try:
         with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol
@@ -89,6 +78,11 @@ def state_dict_of(content, path):
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in named.items()}
     if not state:
         raise UserError(f"{path}: holds no weights")
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+            raise UserError(f"{path}: {key} is no plain tensor of numbers")
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {key} holds values that are not finite")
     return state
 
 
@@ -139,7 +133,7 @@ def weights_layout(path):
     `rotations` is None for a plain backbone.
     """
     state = state_dict_of(read_checkpoint(path), path)
-    widths = {key: value.shape[0] for key, value in state.items() if re.search(r"(fc\d?|linear|classifier)\.weight$", key)}
+    widths = {key: value.shape[0] for key, value in state.items() if value.dim() and re.search(HEAD_WEIGHT, key)}
     classes = [width for key, width in widths.items() if "auxiliary_classifier" not in key]
     joint = [width for key, width in widths.items() if "auxiliary_classifier" in key]
     if not classes:
@@ -159,6 +153,8 @@ def save_checkpoint(content, path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+        with suppress(OSError):
+            os.remove(temporary)
         raise UserError(f"cannot write {path}: {first_line(error)}") from None
 
 
@@ -178,106 +174,3 @@ def versions():
     import torchvision
 
     return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-
-
-def run_name(script, args):
-    """Return a run's folder name, as the published commands spell it (`_imagenet` is said by the data set's name)."""
-    parts = [script]
-    for key in ("tarch", "arch"):
-        if getattr(args, key, None):
-            parts += [key, getattr(args, key).replace("_imagenet", "")]
-    parts += ["dataset", args.dataset]
-    if getattr(args, "few_ratio", None):
-        parts += ["few_ratio", f"{args.few_ratio:g}"]
-    return "_".join(parts) + f"_seed{args.manual_seed}" + (f"_{args.tag}" if args.tag else "")
-
-
-class RunFolder:
-    """One run's folder: claimed by one process at a time, never overwritten by a run with other settings."""
-
-    def __init__(self, script, args):
-        self.path = Path(args.checkpoint_dir) / run_name(script, args)
-        self.last = self.path / f"{args.arch}.pth.tar"
-        self.best = self.path / f"{args.arch}_best.pth.tar"
-        self.log = self.path / "log.jsonl"
-        self.settings = {"script": script, **vars(args)}
-        self.lock = None
-
-    def claim(self, resume):
-        """Create or reopen the folder; raise UserError where it holds another run or one in progress."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
-        except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from None
-        # The data workers of a killed run hold its lock until they notice, some seconds later.
-        patience = time.monotonic() + (LOCK_PATIENCE if resume else 0)
-        while not self.locked():
-            if time.monotonic() > patience:
-                raise UserError(f"{self.path}: another process is training in this folder")
-            time.sleep(0.5)
-        arguments = self.path / "args.json"
-        if self.last.exists() or self.log.exists():
-            changed = self.changed_settings(arguments)
-            if not resume:
-                raise UserError(f"{self.path} already holds a run: continue it with --resume or name this one with --tag")
-            if changed:
-                raise UserError(f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag")
-        temporary = self.path / "args.json.tmp"
-        temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
-        os.replace(temporary, arguments)
-
-    def close(self):
-        """Let go of the folder, so that this process too can open it again."""
-        if self.lock:
-            self.lock.close()
-
-    def locked(self):
-        """Try to lock the folder for this process; return whether it is."""
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
-
-    def changed_settings(self, arguments):
-        """Return 'name old -> new' for each setting that shapes the result and differs from the folder's."""
-        try:
-            old = json.loads(arguments.read_text())
-        except (OSError, ValueError):
-            return ["args.json is unreadable"]
-        new = json.loads(json.dumps(self.settings))
-        keys = sorted((old.keys() | new.keys()) - FREE_ARGUMENTS)
-        return [f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
-
-
-class RunLog:
-    """A run's `log.jsonl` (one line an epoch) and TensorBoard events."""
-
-    def __init__(self, folder, epochs_done=0):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = folder.log
-        lines = self.lines()[:epochs_done]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(temporary, self.path)
-        self.events = SummaryWriter(str(folder.path), purge_step=epochs_done + 1)
-
-    def lines(self):
-        """Return the epochs logged so far; a line cut off by a crash is dropped."""
-        found = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                with suppress(ValueError):
-                    found.append(json.loads(line))
-        return found
-
-    def write(self, record):
-        """Append one epoch's flat record."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        for key, value in record.items():
-            if isinstance(value, (int, float)) and key != "epoch":
-                self.events.add_scalar(key, value, record["epoch"])
-        self.events.flush()

@@ -1,7 +1,12 @@
 """Runs: interrupted and resumed to the bit, folders that are never overwritten, best and last, logs."""
 
+import argparse
+import io
+import itertools
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from scripts import QUICK, QUICK_RUN, log_lines, run, save_teacher, status
 
 import engine
 import models
+import runs
 import utils
 
 ROOT = Path(__file__).parents[1]
@@ -211,10 +218,84 @@ def test_damaged_last_checkpoint_is_told(tmp_path, capsys):
     last = tmp_path / TEACHER_RUN / "resnet8_aux.pth.tar"
     last.write_bytes(last.read_bytes()[:1000])
     assert status("train_teacher_cifar", *argv, "--resume") == 2
-    assert "resnet8_aux.pth.tar: corrupt" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "resnet8_aux.pth.tar: corrupt" in told and "copy resnet8_aux_best.pth.tar over it" in told
     save_teacher(last)
     assert status("train_teacher_cifar", *argv, "--resume") == 2
     assert "no checkpoint of this project to resume from" in capsys.readouterr().err
+
+
+def refused(capsys, *argv):
+    """Run the teacher's script with --resume, which must end in one line and status 2; return the line."""
+    assert status("train_teacher_cifar", *argv, "--resume") == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
+    return line
+
+
+def test_missing_last_checkpoint_does_not_start_over(tmp_path, capsys, whole_teacher):
+    """Only a run killed before its first checkpoint starts again; the best epoch's checkpoint can take its place."""
+    argv, folder = [*TEACHER, "--checkpoint-dir", tmp_path], tmp_path / TEACHER_RUN
+    shutil.copytree(whole_teacher, folder)
+    last, best = folder / "resnet8_aux.pth.tar", folder / "resnet8_aux_best.pth.tar"
+    kept = last.read_bytes()
+    last.unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert "is missing: put it back, or copy resnet8_aux_best.pth.tar over it" in refused(capsys, *argv)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    shutil.copy(best, last)
+    run("train_teacher_cifar", *argv, "--resume")
+    assert same(torch.load(last, weights_only=True)["net"], torch.load(io.BytesIO(kept), weights_only=True)["net"])
+    last.unlink()
+    (folder / "log.jsonl").write_text((folder / "log.jsonl").read_text().splitlines()[0])
+    run("train_teacher_cifar", *argv, "--resume")
+    assert same(torch.load(last, weights_only=True)["net"], torch.load(io.BytesIO(kept), weights_only=True)["net"])
+
+
+def test_resumption_of_something_else(tmp_path, capsys, whole_teacher):
+    """Fewer epochs than are done, another run's checkpoint, settings that are none; a log in no known encoding is read."""
+    argv, folder = [*TEACHER, "--checkpoint-dir", tmp_path], tmp_path / TEACHER_RUN
+    shutil.copytree(whole_teacher, folder)
+    settings = (folder / "args.json").read_text()
+    assert "is in epoch 3 already" in refused(capsys, *argv, "--epochs", 2)
+    assert (folder / "args.json").read_text() == settings
+    (folder / "log.jsonl").write_bytes((folder / "log.jsonl").read_bytes() + b"\xff\xfe\n")
+    run("train_teacher_cifar", *argv, "--resume")
+    assert log_lines(folder) == log_lines(whole_teacher)
+    (folder / "args.json").write_text("[1, 2]")
+    assert "args.json is missing or unreadable" in refused(capsys, *argv)
+    (folder / "args.json").write_text(settings)
+    run("train_teacher_cifar", *argv, "--tag", "other", "--init-lr", 0.01)
+    shutil.copy(tmp_path / f"{TEACHER_RUN}_other" / "resnet8_aux.pth.tar", folder)
+    assert "with other settings (init_lr 0.01 -> 0.05" in refused(capsys, *argv)
+
+
+def test_diverged_training_ends_and_keeps_what_was_good(tmp_path, capsys, monkeypatch):
+    argv = [*QUICK, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    run("train_teacher_cifar", *argv, "--epochs", 1)
+    folder = tmp_path / TEACHER_RUN
+    good = (folder / "resnet8_aux.pth.tar").read_bytes(), (folder / "log.jsonl").read_text()
+    monkeypatch.setattr(utils, "learning_rate", lambda *_: 1e30)
+    capsys.readouterr()
+    assert "training diverged in epoch 2: weights are not finite" in refused(capsys, *argv, "--epochs", 2)
+    assert good == ((folder / "resnet8_aux.pth.tar").read_bytes(), (folder / "log.jsonl").read_text())
+
+
+def test_infinite_numbers_are_logged_as_null(tmp_path):
+    folder = argparse.Namespace(path=tmp_path, log=tmp_path / "log.jsonl")
+    log = runs.RunLog(folder)
+    log.write({"epoch": 1, "train/loss": math.inf, "test/loss": math.nan, "test/top1": 1.0})
+    log.close()
+    assert json.loads(folder.log.read_text()) == {"epoch": 1, "train/loss": None, "test/loss": None, "test/top1": 1.0}
+
+
+def test_batch_that_batchnorm_cannot_train_on(tmp_path, capsys):
+    """One image whose last feature map is one pixel."""
+    for split, number in itertools.product(("train", "val"), range(5)):
+        (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * number, 9, 9)).save(tmp_path / split / "a" / f"{number}.png")
+    argv = ["--dataset", "imagefolder", "--data", tmp_path, "--batch-size", 4, "--amp", "off", "--checkpoint-dir", tmp_path]
+    assert status("train_baseline_cifar", "--arch", "vgg8_bn", *argv) == 2
+    assert "vgg8_bn cannot train on a batch of 1 image of this size" in capsys.readouterr().err
 
 
 def scripted_accuracies(monkeypatch, values):

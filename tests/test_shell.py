@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import models
-import utils
+import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.sh"))
@@ -55,7 +55,7 @@ def written(commands):
     """Return {path of weights: arguments of the training line that writes them}."""
     files = {}
     for args in (args for lines in commands.values() for args in lines if hasattr(args, "checkpoint_dir")):
-        folder = utils.RunFolder(args.script, args)
+        folder = runs.RunFolder(args.script, args)
         for path in (folder.last, folder.best):
             assert files.setdefault(os.path.normpath(path), args) is args, f"two lines write {path}"
     return files

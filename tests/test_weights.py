@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import pickle
 import random
@@ -225,7 +226,23 @@ def test_a_refused_file_leaves_the_network_as_it_was(tmp_path):
 
 def test_missing_file(tmp_path):
     assert "no such file" in refused(tmp_path / "a.pth")
-    assert "no such file" in refused(tmp_path)
+    assert "is a folder, not a file" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_weights_that_are_no_numbers(value, tmp_path):
+    state = small().state_dict()
+    state["backbone.conv1.weight"][0, 0, 0, 0] = value or 0
+    if value is None:
+        state["backbone.conv1.weight"] = state["backbone.conv1.weight"].to_sparse()
+    torch.save({"net": state}, tmp_path / "a.pth")
+    assert f"backbone.conv1.weight {'is no plain' if value is None else 'holds values'}" in refused(tmp_path / "a.pth")
+
+
+def test_classifier_that_is_a_single_number(tmp_path):
+    torch.save({"fc.weight": torch.tensor(1.0)}, tmp_path / "a.pth")
+    with pytest.raises(utils.UserError, match="holds no classifier"):
+        utils.weights_layout(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +299,7 @@ def test_weights_that_execute_code_are_refused_and_not_executed(legacy, tmp_path
     refused(tmp_path / "a.pth")
     assert not (tmp_path / "executed").exists()
     torch.save(nn.Linear(1, 1), tmp_path / "b.pth")  # a whole pickled module is code too
-    refused(tmp_path / "b.pth")
+    assert "torch.nn.modules.linear.Linear" in refused(tmp_path / "b.pth")
 
 
 def test_checkpoint_is_self_describing_and_loads_safely(tmp_path):
@@ -314,6 +331,6 @@ def test_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         patch.setattr(torch, "save", fail)
         with pytest.raises(utils.UserError, match="cannot write .*no space"):
             utils.save_checkpoint({"epoch": 2}, path)
-    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    assert torch.load(path, weights_only=True) == {"epoch": 1} and [p.name for p in tmp_path.iterdir()] == ["a.pth"]
     utils.save_checkpoint({"epoch": 3}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 3} and [p.name for p in tmp_path.iterdir()] == ["a.pth"]

@@ -1,0 +1,224 @@
+"""Run folders: their names, whose they are, their logs and checkpoints."""
+
+import fcntl
+import json
+import math
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+import distributed
+import utils
+from objective import unwrap
+
+# Arguments that may differ between a run and its resumption: where and how it runs, how long, and paths, whose files may
+# have moved. (That the teacher is the same one is checked by its weights, see `utils.digest`.)
+FREE_ARGUMENTS = {
+    "data", "checkpoint_dir", "num_workers", "gpu_id", "resume", "evaluate", "epochs", "dist_url", "dist_backend",
+    "world_size", "rank", "multiprocessing_distributed", "decode", "tcheckpoint", "pretrained_backbone", "skip_bad_images",
+}  # fmt: skip
+
+LOCK_PATIENCE = 10  # seconds that --resume waits for a killed run to let go of its folder
+
+
+def run_name(script, args):
+    """Return a run's folder name, as the published commands spell it (`_imagenet` is said by the data set's name)."""
+    parts = [script]
+    for key in ("tarch", "arch"):
+        if getattr(args, key, None):
+            parts += [key, getattr(args, key).replace("_imagenet", "")]
+    parts += ["dataset", args.dataset]
+    if getattr(args, "few_ratio", None):
+        parts += ["few_ratio", f"{args.few_ratio:g}"]
+    return "_".join(parts) + f"_seed{args.manual_seed}" + (f"_{args.tag}" if args.tag else "")
+
+
+def differences(old, new):
+    """Return 'name old -> new' for each setting that shapes the result and differs."""
+    new = json.loads(json.dumps(new))
+    keys = sorted((old.keys() | new.keys()) - FREE_ARGUMENTS)
+    return [f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+
+
+class RunFolder:
+    """One run's folder: claimed by one process at a time, never overwritten by a run with other settings."""
+
+    def __init__(self, script, args):
+        self.path = Path(args.checkpoint_dir) / run_name(script, args)
+        self.last = self.path / f"{args.arch}.pth.tar"
+        self.best = self.path / f"{args.arch}_best.pth.tar"
+        self.log = self.path / "log.jsonl"
+        self.arguments = self.path / "args.json"
+        self.settings = {"script": script, **vars(args)}
+        self.lock = None
+
+    def claim(self, resume):
+        """Create or reopen the folder; raise utils.UserError where it holds another run or one in progress."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        except OSError as error:
+            raise utils.UserError(f"cannot write the run folder {self.path}: {error.strerror}") from None
+        # The data workers of a killed run hold its lock until they notice, some seconds later.
+        patience = time.monotonic() + (LOCK_PATIENCE if resume else 0)
+        while not self.locked():
+            if time.monotonic() > patience:
+                raise utils.UserError(f"{self.path}: another process is training in this folder")
+            time.sleep(0.5)
+        if not any(path.exists() for path in (self.last, self.best, self.log)):
+            return
+        if not resume:
+            raise utils.UserError(f"{self.path} already holds a run: continue it with --resume or name this one with --tag")
+        self.check_settings(self.written_settings())
+        # A run killed before its first checkpoint has logged one epoch at most, and starts again.
+        if not self.last.exists() and (len(read_log(self.log)) > 1 or not self.log.exists()):
+            raise utils.UserError(f"--resume: {self.last} is missing: put it back, or {self.recovery()}")
+
+    def recovery(self):
+        """Return what to do without a last checkpoint that can be read."""
+        if self.best.exists():
+            return f"copy {self.best.name} over it to go on from the best epoch, or start anew with --tag"
+        return "start anew with --tag"
+
+    def close(self):
+        """Let go of the folder, so that this process too can open it again."""
+        if self.lock:
+            self.lock.close()
+
+    def locked(self):
+        """Try to lock the folder for this process; return whether it is."""
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def written_settings(self):
+        """Return the settings of the run in the folder; utils.UserError where they cannot be read."""
+        with suppress(OSError, ValueError):
+            settings = json.loads(self.arguments.read_text())
+            if isinstance(settings, dict):
+                return settings
+        raise utils.UserError(f"--resume: {self.arguments} is missing or unreadable: put it back, or use --tag")
+
+    def check_settings(self, old):
+        """Raise utils.UserError where `old`, an earlier run's settings, are not this run's."""
+        changed = differences(old, self.settings)
+        if changed:
+            raise utils.UserError(f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag")
+
+    def write_settings(self):
+        """Write the run's settings."""
+        write_text(self.arguments, json.dumps(self.settings, indent=1) + "\n")
+
+
+def write_text(path, text):
+    """Write a small file so that a crash at any moment leaves the old one or the new one; utils.UserError if it cannot."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise utils.UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_log(path):
+    """Return the epochs of a log.jsonl in order, the later line where one was repeated, without lines cut off by a kill."""
+    epochs = {}
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError, TypeError, KeyError, OverflowError):
+            entry = json.loads(line)
+            epochs[int(entry["epoch"])] = entry
+    return [epochs[number] for number in sorted(epochs)]
+
+
+class RunLog:
+    """A run's `log.jsonl` (one line an epoch) and TensorBoard events."""
+
+    def __init__(self, folder, epochs_done=0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder.log
+        kept = [entry for entry in read_log(self.path) if entry["epoch"] <= epochs_done]
+        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self.events = SummaryWriter(str(folder.path), purge_step=epochs_done + 1)
+
+    def write(self, record):
+        """Append one epoch's flat record; a number that is not finite becomes null, which every JSON reader knows."""
+        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(plain) + "\n")
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key != "epoch":
+                    self.events.add_scalar(key, value, record["epoch"])
+            self.events.flush()
+        except OSError as error:
+            raise utils.UserError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def close(self):
+        """End the TensorBoard events."""
+        self.events.close()
+
+
+def checkpoint_of(run):
+    """Return everything that the checkpoint of an engine.Run holds; every rank takes part."""
+    objective = distributed.gather_objects(utils.to_cpu(run.objective.state_dict()))
+    totals = run.totals.state_dict() if run.step_in_epoch else {}
+    model = unwrap(run.model)
+    return utils.to_cpu(
+        {
+            "net": model.state_dict(),
+            "acc": run.last_accuracy,
+            "epoch": run.epoch,
+            "optimizer": run.optimizer.state_dict(),
+            "arch": run.args.arch,
+            "num_classes": run.data.num_classes,
+            "rotations": getattr(model, "rotations", None),
+            "dataset": run.args.dataset,
+            "method": getattr(run.args, "method", None),
+            "args": json.loads(json.dumps(vars(run.args))),
+            "versions": utils.versions(),
+            "rng": {"torch": torch.get_rng_state()},
+            "order": {"seed": run.args.manual_seed, "epoch": run.epoch, "step": run.step_in_epoch},
+            "objective": objective,
+            "teacher_digest": run.teacher_digest,
+            "totals": totals,
+            "scaler": run.scaler.state_dict(),
+            "precision": str(run.precision).removeprefix("torch."),
+            "best": run.best,
+        }
+    )
+
+
+def restore(run):
+    """Bring an engine.Run to where its folder's last checkpoint stands; UserError where that is another run's."""
+    try:
+        content = utils.load_weights(run.model, run.folder.last)
+    except utils.UserError as error:
+        raise utils.UserError(f"--resume: {error}; {run.folder.recovery()}") from None
+    if isinstance(content.get("args"), dict):
+        run.folder.check_settings(content["args"])
+    if content.get("teacher_digest") != run.teacher_digest:
+        raise utils.UserError(f"--resume: the run in {run.folder.path} has a teacher of other weights: use --tag")
+    try:
+        run.precision = {"None": None}.get(content["precision"], getattr(torch, content["precision"], None))
+        run.prepare()
+        run.optimizer.load_state_dict(content["optimizer"])
+        run.scaler.load_state_dict(content["scaler"])
+        saved = content["objective"]
+        run.objective.load_state_dict(saved[run.world.rank % len(saved)])
+        run.epoch, run.step_in_epoch = content["order"]["epoch"], content["order"]["step"]
+        run.totals.load_state_dict(content["totals"], run.world.is_main)
+        run.best, run.last_accuracy = content["best"], content["acc"]
+        torch.set_rng_state(content["rng"]["torch"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise utils.UserError(
+            f"{run.folder.last}: no checkpoint of this project to resume from ({utils.first_line(error)})"
+        ) from None
+    done = run.epoch + (run.step_in_epoch > 0)
+    if done > run.args.epochs:
+        raise utils.UserError(f"--epochs {run.args.epochs}: the run in {run.folder.path} is in epoch {done} already")
