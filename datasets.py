@@ -1,5 +1,6 @@
 """Every small data set, read once into a uint8 tensor, and the splits of the experiments."""
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -108,21 +109,38 @@ def digits(root, train):
 
 
 def class_folders(folder):
-    """Return the sorted class folders below `folder` and every image as (path, class number)."""
+    """Return the sorted class folders below `folder` and every image as (path, class number).
+
+    Raises UserError for a class without images, which would be a class that no network is ever shown.
+    """
     folder = Path(folder)
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
-    samples = []
+    found = os.scandir(folder) if folder.is_dir() else ()
+    names, samples = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith(".")), []
     for number, name in enumerate(names):
         files = (Path(at) / file for at, _, found in os.walk(folder / name, followlinks=True) for file in found)
-        samples += [(str(file), number) for file in sorted(files) if file.suffix.lower() in EXTENSIONS]
+        images = [(str(file), number) for file in sorted(files) if file.suffix.lower() in EXTENSIONS]
+        if not images:
+            raise UserError(f"{folder / name}: a class folder without images ({', '.join(EXTENSIONS)})")
+        samples += images
     return names, samples
+
+
+def to_rgb(image):
+    """Return a PIL image in 8-bit RGB; of 16-bit grey, which PIL itself would cut off at 255, the upper 8 bits."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # else PIL warns of palettes with it
+    return image.convert("RGB")
 
 
 def decode(path, size=None):
     """Return the image at `path` as (3, H, W) uint8, resized and centre-cropped to `size` where given."""
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            image = to_rgb(file)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"unreadable image {path} ({first_line(error)})") from None
     if size and image.size != (size, size):
@@ -133,23 +151,28 @@ def decode(path, size=None):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def image_size(path):
-    """Return the side that the images of a folder get in memory: that of the image at `path`, at most 96."""
-    return min(*decode(path).shape[1:], LARGEST_IN_MEMORY)
+def image_size(paths):
+    """Return the side that the images at `paths` get in memory: the median of some of their shorter sides, at most 96."""
+    some = paths[:: math.ceil(len(paths) / 100)]
+    return min(int(np.median([min(decode(path).shape[1:]) for path in some])), LARGEST_IN_MEMORY)
 
 
 def image_folder(folders, train, workers, statistics):
-    """Return a split of `train/<class>/*` and the first test folder that exists of `folders[1:]`."""
+    """Return a split of `train/<class>/*` and the first test folder that exists of `folders[1:]`.
+
+    Where there is no `train`, the test folder stands alone.
+    """
     test = next((folder for folder in folders[1:] if os.path.isdir(folder)), folders[-1])
-    names, samples = class_folders(folders[0])
+    alone = not train and not os.path.isdir(folders[0])
+    names, samples = class_folders(test if alone else folders[0])
     if not samples:
         raise UserError(f"no images: put them at {folders[0]}/<class>/* and {test}/<class>/*")
-    size = image_size(samples[0][0])
-    if not train:
+    size = image_size([path for path, _ in samples])
+    if not train and not alone:
         test_names, samples = class_folders(test)
-        if test_names != names or not samples:
+        if test_names != names:
             odd = sorted(set(names) ^ set(test_names))[:3]
-            raise UserError(f"{test}: its class folders must be those of {folders[0]} (check: {', '.join(odd) or 'empty'})")
+            raise UserError(f"{test}: its class folders must be those of {folders[0]} (check: {', '.join(odd)})")
     paths, labels = zip(*samples, strict=True)
 
     def read(indices):

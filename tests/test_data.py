@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torchvision.transforms.v2 import functional as tv
 import batches
 import datasets
 import distributed
+import imagefiles
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -307,6 +309,39 @@ def test_image_folder(tmp_path, test):
         assert torch.equal(grey[0], torch.from_numpy(np.array(file))[2:18])
 
 
+def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
+    """Also where torchvision's decoder, which ImageNet's pipeline tries first, hands it over."""
+    shades = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(shades).save(tmp_path / "a.png")
+    for decode in (datasets.decode, imagefiles.decode):
+        assert torch.equal(decode(tmp_path / "a.png"), torch.from_numpy((shades >> 8).astype(np.uint8)).expand(3, -1, -1))
+
+
+def test_transparent_palettes_and_floating_point(tmp_path, recwarn):
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8), "P")
+    image.putpalette(list(range(256)) * 3)
+    image.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    with Image.open(tmp_path / "a.png") as file:
+        expected = file.convert("RGBA").convert("RGB")
+    recwarn.clear()
+    assert torch.equal(datasets.decode(tmp_path / "a.png"), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert not recwarn.list
+    with pytest.raises(ValueError, match="floating-point"):
+        datasets.to_rgb(Image.fromarray(np.zeros((8, 8), np.float32)))
+
+
+def test_image_folder_of_unequal_sizes_and_of_tests_alone(tmp_path):
+    """The usual size counts, not the first image's; weights can be tested without the training images."""
+    write_images(tmp_path / "train" / "cat", [(2, 2), (16, 16), (16, 20), (20, 16), (64, 64)])
+    write_images(tmp_path / "train" / ".thumbnails", [(2, 2)])
+    write_images(tmp_path / "val" / "cat", [(8, 8), (8, 8)])
+    train = datasets.load("imagefolder", str(tmp_path), True)
+    assert train.classes == ["cat"] and train.size == datasets.load("imagefolder", str(tmp_path), False).size == 16
+    shutil.rmtree(tmp_path / "train")
+    alone = datasets.load("imagefolder", str(tmp_path), False)
+    assert alone.classes == ["cat"] and alone.images().shape == (2, 3, 8, 8)
+
+
 def test_large_images_are_shrunk_in_memory(tmp_path):
     write_images(tmp_path / "train" / "a", [(200, 300)])
     assert datasets.load("imagefolder", str(tmp_path), True).images().shape[-1] == datasets.LARGEST_IN_MEMORY
@@ -365,10 +400,10 @@ def break_by_bad_chunk(root):
     ("spoil", "said"),
     [
         (break_nothing, "put them at"),
-        (break_empty, "put them at"),
+        (break_empty, "cat: a class folder without images"),
         (break_no_test, "its class folders must be"),
         (break_other_classes, "cat, dog"),
-        (break_empty_test, "empty"),
+        (break_empty_test, "cat: a class folder without images"),
         (break_first_image, "0.png"),
         (break_by_truncation, "1.png"),
         (break_by_empty_file, "1.png"),
