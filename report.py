@@ -3,7 +3,6 @@
 `python report.py [FOLDER ..] [--markdown FILE] [--csv FILE] [--plot FILE]`; default: all below ./checkpoint.
 """
 
-import argparse
 import csv
 import json
 import re
@@ -12,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import options
 import published
 from published import is_joint, read_json, source_args
-from utils import FREE_ARGUMENTS
+from runs import FREE_ARGUMENTS, read_log
 
 COLUMNS = [
     *("script", "network", "method", "data set", "settings", "epochs", "seeds"),
@@ -25,10 +25,16 @@ NOT_SETTINGS = FREE_ARGUMENTS - {"epochs", "tcheckpoint", "pretrained_backbone"}
 
 
 class Run(NamedTuple):
-    """One run folder: the flat dict of args.json and the epochs of log.jsonl in order."""
+    """One run folder: its path, the flat dict of args.json and the epochs of log.jsonl in order."""
 
+    folder: Path
     args: dict
     epochs: list
+
+    @property
+    def finished(self):
+        """Whether the last epoch is logged."""
+        return len(self.epochs) >= int(self.args.get("epochs") or 1)
 
 
 class Label(NamedTuple):
@@ -38,18 +44,6 @@ class Label(NamedTuple):
     network: str
     method: str
     data: str
-
-
-def read_log(path):
-    """Return the epochs of a log.jsonl, the later line where one was repeated, without lines cut off by a kill."""
-    epochs = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-            epochs[int(entry["epoch"])] = entry
-        except (ValueError, TypeError, KeyError):
-            continue
-    return [epochs[number] for number in sorted(epochs)]
 
 
 def find_runs(folders):
@@ -63,7 +57,7 @@ def find_runs(folders):
         if args is None:
             print(f"report: {folder} has no readable args.json: left out", file=sys.stderr)
         else:
-            runs.append(Run(args, read_log(folder / "log.jsonl")))
+            runs.append(Run(folder, args, read_log(folder / "log.jsonl")))
     return runs
 
 
@@ -109,13 +103,14 @@ def best_top1(run):
 
 
 def make_row(label, settings, runs, table):
-    """Return the cells of one row: runs that differ in the seed only."""
+    """Return the cells of one row: runs that differ in the seed only; of those, the finished ones are averaged."""
     args, started = runs[0].args, [run for run in runs if run.epochs]
+    averaged = [run for run in started if run.finished] or started
     done = sorted({len(run.epochs) for run in runs})
     epochs = "-".join(str(count) for count in dict.fromkeys((done[0], done[-1])))
-    seeds = sorted((run.args.get("manual_seed") for run in runs), key=lambda seed: (len(str(seed)), str(seed)))
-    last = mean_std(run.epochs[-1].get("test/top1") for run in started)
-    best = mean_std(map(best_top1, started)) + (" (val)" if args.get("val_split") else "")
+    seeds = [str(run.args.get("manual_seed")) if run.finished else f"({run.args.get('manual_seed')})" for run in runs]
+    last = mean_std(run.epochs[-1].get("test/top1") for run in averaged)
+    best = mean_std(map(best_top1, averaged)) + (" (val)" if args.get("val_split") else "")
     speeds = [
         entry["images_per_second"] for run in started for entry in run.epochs if is_number(entry.get("images_per_second"))
     ]
@@ -124,7 +119,7 @@ def make_row(label, settings, runs, table):
         *label,
         settings,
         f"{epochs}/{args.get('epochs')}",
-        " ".join(map(str, seeds)),
+        " ".join(sorted(seeds, key=lambda seed: (len(seed), seed))),
         last,
         best,
         speed,
@@ -161,6 +156,8 @@ def caption(runs):
         lines.append("best (val): epoch selected on held-out training data.")
     if any(run.epochs and "test/net1/top1" in run.epochs[-1] for run in runs):
         lines.append("A mutual pair counts by the network that is better on the test set.")
+    if not all(run.finished for run in runs):
+        lines.append("Seeds in brackets are unfinished; they count only where no seed of the row is finished.")
     return " ".join(lines)
 
 
@@ -203,30 +200,25 @@ def plot(path, groups):
 
 
 def parse_args():
-    """Return the command line arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Return the command line arguments and what ends the program in one line and exit status 2."""
+    parser = options.Parser(__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, help="instead of --checkpoint-dir")
     parser.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoint"))
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as comma-separated values")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the learning curves (needs matplotlib)")
-    return parser.parse_args()
-
-
-def stop(message):
-    """End with one line on stderr and exit status 2."""
-    print(f"report: {message}", file=sys.stderr)
-    sys.exit(2)
+    return parser.parse_args(), parser.error
 
 
 def main():
     """Print the table and write the files asked for; exit status 2 after one line on stderr if that is not possible."""
-    args = parse_args()
+    args, stop = parse_args()
     folders = args.folders or [args.checkpoint_dir]
     try:
         runs = find_runs(folders)
-        if not runs:
-            raise ValueError(f"no runs below {', '.join(map(str, folders))}")
+        for folder in folders:
+            if not any(run.folder.is_relative_to(folder.resolve()) for run in runs):
+                raise ValueError(f"no runs below {folder}")
         table = json.loads(published.TABLE.read_text())
         groups, note = group(runs), caption(runs)
         rows = [COLUMNS, *(make_row(*entry, table) for entry in groups)]

@@ -66,10 +66,13 @@ def run_main(monkeypatch, *argv):
 
 
 def test_seeds_are_one_row_with_hand_computed_mean_and_std(tmp_path):
-    """Last: 70, 72, 77 -> 73 and sqrt((9 + 1 + 16) / 2) = 3.61; best: 75, 72, 78 -> 75 and 3; images/s: 150."""
-    write_run(tmp_path, "a", [75.0, 70.0])
-    write_run(tmp_path, "b", [72.0], manual_seed=1, gpu_id="3", tcheckpoint=JOINT.replace("seed0", "seed1"))
-    write_run(tmp_path, "c", [78.0, 77.0, 77.0], manual_seed=2)
+    """Last: 70, 72, 77 -> 73 and sqrt((9 + 1 + 16) / 2) = 3.61; best: 75, 72, 78 -> 75 and 3; an unfinished run is apart."""
+    write_run(tmp_path, "a", [75.0, 71.0, 70.0], epochs=3)
+    write_run(
+        tmp_path, "b", [70.0, 71.0, 72.0], epochs=3, manual_seed=1, gpu_id="3", tcheckpoint=JOINT.replace("seed0", "seed1")
+    )
+    write_run(tmp_path, "c", [78.0, 77.0, 77.0], epochs=3, manual_seed=2)
+    write_run(tmp_path, "d", [99.0], epochs=3, manual_seed=3)
     (row,) = rows_of(tmp_path)
     assert row == {
         "script": "train_student_cifar",
@@ -77,11 +80,11 @@ def test_seeds_are_one_row_with_hand_computed_mean_and_std(tmp_path):
         "method": "hsakd*",
         "data set": "cifar100",
         "settings": "",
-        "epochs": "1-3/240",
-        "seeds": "0 1 2",
+        "epochs": "1-3/3",
+        "seeds": "0 1 2 (3)",
         "last top-1": "73.00±3.61",
         "best top-1": "75.00±3.00",
-        "images/s": "150",
+        "images/s": "200",
         "published": "78.67±0.20",
     }
 
@@ -185,7 +188,7 @@ def test_killed_run_and_foreign_folders(tmp_path, capsys):
     (tmp_path / "unrelated").mkdir()
     write_run(tmp_path, "c", [], manual_seed=1)
     (row,) = rows_of(tmp_path)
-    assert (row["epochs"], row["last top-1"], row["seeds"]) == ("0-2/240", "21.00", "0 1")
+    assert (row["epochs"], row["last top-1"], row["seeds"]) == ("0-2/240", "21.00", "(0) (1)")
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and str(tmp_path / "b") in errors[0]
 
