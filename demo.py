@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
+import options
+
 TEACHER, STUDENT = "resnet14_aux", "resnet8_aux"
 RATIO, SEEDS = 0.14, (0, 1)
 TEACHER_SCHEDULE = ["--epochs", "4", "--milestones", "3", "--batch-size", "32"]
@@ -52,6 +54,7 @@ def train_all(folder):
 
 def main():
     """Train, test, and print the table of the three networks."""
+    options.Parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         found, student = train_all(Path(temporary))
         print(run("test_model.py", "--arch", STUDENT, "--dataset", "digits", "--student-weights", student))

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from pathlib import Path
 
@@ -109,6 +110,13 @@ def gpu_ids(text):
     return text
 
 
+def tag(text):
+    """Check the suffix of a run folder's name."""
+    if not re.fullmatch(r"[\w.+=,-]+", text):
+        raise argparse.ArgumentTypeError(f"expected letters, digits and any of . _ + = , -, got {text!r}")
+    return text
+
+
 def base_parser(script, description, arch, dataset_name="cifar100"):
     """Return a parser with the flags that every script reads: data, network, device. `script` is its file."""
     parser = Parser(description, prog=Path(script).name)
@@ -141,7 +149,7 @@ def training_parser(script, description, arch, dataset_name="cifar100", epochs=2
     add("--accumulate", type=positive, default=1, help="parts that a batch is computed in, to save memory")
     add("--compile", action="store_true", help="compile the training step")
     add("--checkpoint-dir", default="./checkpoint", help="folder of the run folders")
-    add("--tag", help="suffix of the run folder's name")
+    add("--tag", type=tag, help="suffix of the run folder's name")
     add("--resume", action="store_true", help="go on with the run in the run folder")
     add("--evaluate", action="store_true", help="test the run folder's best weights and stop")
     add_distributed(parser)

@@ -18,7 +18,7 @@ def resolve_precision(amp, device):
         return torch.bfloat16 if cpu_bfloat16_gain() > 1.2 else None
 
 
-def cpu_bfloat16_gain(rounds=4):
+def cpu_bfloat16_gain(rounds=20):
     """Return how many times faster a small training convolution is in bfloat16 than in float32 on this CPU."""
     images = torch.randn(16, 32, 32, 32).to(memory_format=torch.channels_last)
     layer = torch.nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ Reads every layout that `utils.load_weights` knows. Rotations and number of clas
 """
 
 import json
+import os
 import time
 
 import torch
@@ -32,6 +33,9 @@ def parse_args(argv=None):
     args = options.finish(parser, argv)
     if models.is_pair(args.arch):
         args.arch = models.member_name(args.arch)
+    paths = (args.student_weights, args.export_backbone)
+    if args.export_backbone and len({os.path.realpath(path) for path in paths}) < 2:
+        parser.error("--export-backbone would overwrite --student-weights")
     return args
 
 

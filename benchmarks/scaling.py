@@ -95,4 +95,6 @@ def worker():
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        sys.exit("this measures one cell of: python benchmarks/step.py --scaling")
     worker()

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import distributed
 import losses
 import methods
 import models
+import runs
 import test_model
 import utils
 
@@ -185,7 +187,7 @@ def test_published_commands_values():
     args = importlib.import_module("train_student_few_shot").parse_args(few_shot[2:])
     assert (args.gpu_id, args.manual_seed, args.few_ratio, args.kd_T, args.method) == ("2", 0, 0.25, 3.0, "hsakd")
     assert (args.epochs, args.milestones, args.batch_size, args.init_lr) == (240, [150, 180, 210], 64, 0.05)
-    assert utils.run_name(args.script, args) == (
+    assert runs.run_name(args.script, args) == (
         "train_student_few_shot_tarch_resnet56_aux_arch_resnet20_aux_dataset_cifar100_few_ratio_0.25_seed0"
     )
 
@@ -196,15 +198,15 @@ def test_published_abbreviations_and_folder_names(script):
     teacher = ["--tcheckpoint", "t.pth"] if "student" in script else []
     args = importlib.import_module(script).parse_args([*words, *teacher])
     assert (args.gpu_id, args.manual_seed, args.dataset, args.checkpoint_dir) == ("0", 3, "cifar100", "./c")
-    name = utils.run_name(args.script, args)
+    name = runs.run_name(args.script, args)
     assert name.startswith(f"{script}_") and name.endswith("_seed3") and "dataset_cifar100" in name
-    assert utils.run_name(args.script, argparse.Namespace(**{**vars(args), "tag": "x"})) == f"{name}_x"
+    assert runs.run_name(args.script, argparse.Namespace(**{**vars(args), "tag": "x"})) == f"{name}_x"
 
 
 def test_folder_name_is_the_published_one():
     args = importlib.import_module("train_student_cifar").parse_args(["--tcheckpoint", "t.pth"])
     expected = "train_student_cifar_tarch_wrn_40_2_aux_arch_wrn_16_2_aux_dataset_cifar100_seed0"
-    assert utils.run_name(args.script, args) == expected
+    assert runs.run_name(args.script, args) == expected
 
 
 @pytest.mark.parametrize(
@@ -334,6 +336,10 @@ def file_mistakes(weights, folder):
     yield "test_model", ["--arch", "resnet8_aux", "--student-weights", weights / "backbone.pth"], "missing: "
     unwritable = ["--export-backbone", folder / "none" / "b.pth"]
     yield "test_model", ["--arch", "resnet8", "--student-weights", weights / "backbone.pth", *unwritable], "cannot write"
+    over_itself = ["--export-backbone", folder / ".." / folder.name / "backbone.pth"]
+    shutil.copy(weights / "backbone.pth", folder)
+    yield "test_model", ["--arch", "resnet8", "--student-weights", folder / "backbone.pth", *over_itself], "would overwrite"
+    yield "train_baseline_cifar", ["--arch", "resnet8", "--tag", "a/b"], "expected letters, digits and any of"
     yield "train_baseline_cifar", ["--arch", "resnet8", "--few-ratio", "0.001"], "stratified"
     imagefolder = ["--arch", "resnet8", "--dataset", "imagefolder", "--data", folder / "nowhere"]
     yield "train_baseline_cifar", imagefolder, "put them at"
