@@ -1,7 +1,7 @@
 """What every family shares: the backbone interface, pooling, copies of stages, channel shuffle, initialisation."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,19 @@ class Backbone(nn.Module):
 
 def global_pool(x: Tensor) -> Tensor:
     """Average over the positions, (B, C, H, W) -> (B, C), for any H and W."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        # As rows of channels: the gradient of the plain form below would be channels-first, and slow to go on from.
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
     return x.mean((2, 3))
+
+
+def tapped(stages: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """Return the outputs of `stages`, each of the one before; the first takes `x`."""
+    outputs = []
+    for stage in stages:
+        x = stage(x)
+        outputs.append(x)
+    return outputs
 
 
 def copy_stages(make_stage: Callable[..., nn.Module], count: int) -> list[list[nn.Module]]:

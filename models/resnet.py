@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.auxiliary import AuxiliaryClassifier
-from models.layers import Backbone, copy_stages, global_pool, init_weights
+from models.layers import Backbone, copy_stages, global_pool, init_weights, tapped
 
 
 class ResidualBlock(nn.Module):
@@ -121,11 +121,8 @@ class ImageNetResNet(Backbone):
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the outputs of the four stages and the embedding (B, 512 * expansion)."""
         x = self.stem(x)
-        taps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            taps.append(x)
-        return taps, global_pool(x)
+        taps = tapped((self.layer1, self.layer2, self.layer3, self.layer4), x)
+        return taps, global_pool(taps[-1])
 
     def build_auxiliary(self, num_outputs: int) -> AuxiliaryClassifier:
         """Return four branches of the remaining stages."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.auxiliary import AuxiliaryClassifier
-from models.layers import Backbone, channel_shuffle, copy_stages, global_pool
+from models.layers import Backbone, channel_shuffle, copy_stages, global_pool, tapped
 
 STEM_WIDTH = 24
 WIDTHS = (116, 232, 464)
@@ -99,11 +99,8 @@ class ShuffleNetV2(Backbone):
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the outputs of the three stages (strides 2, 4, 8) and the embedding (B, 1024)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        taps = []
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = stage(x)
-            taps.append(x)
-        return taps, global_pool(self.relu(self.bn2(self.conv2(x))))
+        taps = tapped((self.layer1, self.layer2, self.layer3), x)
+        return taps, global_pool(self.relu(self.bn2(self.conv2(taps[-1]))))
 
     def build_auxiliary(self, num_outputs: int) -> AuxiliaryClassifier:
         """Return three branches, with PyTorch's default initialisation, each ending in its own final layers."""

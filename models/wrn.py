@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.auxiliary import AuxiliaryClassifier
-from models.layers import Backbone, copy_stages, global_pool, init_weights
+from models.layers import Backbone, copy_stages, global_pool, init_weights, tapped
 
 
 class PreActivationBlock(nn.Module):
@@ -67,11 +67,8 @@ class WideResNet(Backbone):
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the raw outputs of the three groups (strides 1, 2, 4) and the embedding (B, 64 * widen)."""
         x = self.conv1(x)
-        taps = []
-        for group in (self.block1, self.block2, self.block3):
-            x = group(x)
-            taps.append(x)
-        return taps, global_pool(F.relu(self.bn1(x), inplace=True))
+        taps = tapped((self.block1, self.block2, self.block3), x)
+        return taps, global_pool(F.relu(self.bn1(taps[-1]), inplace=True))
 
     def build_auxiliary(self, num_outputs: int) -> AuxiliaryClassifier:
         """Return three branches of the remaining groups, each with the BatchNorm that pre-activation still owes."""
