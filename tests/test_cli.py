@@ -50,6 +50,7 @@ def commands(weights):
         *(("train_student_cifar", student(weights, "--method", name, "--tag", name)) for name in methods.METHODS),
         ("train_student_few_shot", student(weights)),
         ("train_online_kd_cifar", ("--arch", "resnet8_resnet8")),
+        ("eval_rep", ("--arch", "resnet8", "--s-path", weights / "backbone.pth")),
     ]
 
 
@@ -104,12 +105,14 @@ def test_every_script_runs_and_reads_every_flag(weights, tmp_path, monkeypatch, 
         record = json.loads((tmp_path / "log").read_text())
         assert record["epoch"] == 1 and record["train/loss"] == record["train/loss"]
     capsys.readouterr()
-    # The few-shot script is the student's but for one flag.
-    assert importlib.import_module("train_student_few_shot").main is importlib.import_module("train_student_cifar").main
+    # The few-shot script is the student's but for one flag, those of ImageNet are CIFAR's with other defaults.
+    same_main = {f"train_{kind}_imagenet": f"train_{kind}_cifar" for kind in ("teacher", "student", "online_kd")}
+    for script, twin in (same_main | {"train_student_few_shot": "train_student_cifar"}).items():
+        assert importlib.import_module(script).main is importlib.import_module(twin).main
     read["train_student_few_shot"] |= read["train_student_cifar"] - {"few_ratio"}
     # Flags of ImageNet's input pipeline, which the parsers share; `finish` refuses them for every other data set.
     imagenet = {"decode", "skip_bad_images"}
-    for script in TRAINING:
+    for script in defined:
         assert not defined[script] - read[script] - imagenet, script
 
 
