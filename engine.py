@@ -1,6 +1,7 @@
 """The only loops of the project: train one epoch, fit a run with checkpoints and logs."""
 
 import contextlib
+import inspect
 import math
 import sys
 import time
@@ -58,17 +59,7 @@ class Run:
             fast.keep_memory()
             if self.precision == torch.bfloat16:
                 fast.suit_cpu(self.model)
-        self.wrapped = self.model
-        if args.sync_bn and self.world.size > 1:
-            self.wrapped = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        if self.world.size > 1:
-            # Training reads no running statistics, and evaluation shares the first process's: no broadcast in each step.
-            self.wrapped = DistributedDataParallel(
-                self.wrapped,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+        self.wrapped = self.wrap()
         if isinstance(self.objective.teacher, torch.nn.Module):
             self.objective.teacher = fast.inference_copy(self.objective.teacher, self.data.size, self.precision)
         self.forward = self.forward_eager
@@ -78,19 +69,39 @@ class Run:
             graphs = device.type == "cuda" and self.world.size == 1
             self.forward = fast.CompiledStep(self.forward_eager, usual, device, graphs, self.objective.state.values())
 
+    def wrap(self):
+        """Return the model as it is trained: itself in one process, in several one whose gradients are averaged."""
+        if self.world.size == 1:
+            return self.model
+        model, device = self.model, self.world.device
+        if self.args.sync_bn:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # Training reads no running statistics, and evaluation shares the first process's: no broadcast in each step.
+        names = inspect.signature(DistributedDataParallel).parameters
+        broadcast = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # its older name
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **{broadcast: False},
+        )
+
     def forward_eager(self, images, labels, epoch):
         """Return the loss of a batch and its training sums (name -> scalar)."""
         with torch.autocast(images.device.type, dtype=self.precision, enabled=self.precision is not None):
-            try:
-                terms, predictions = self.objective.step(self.wrapped, images, labels, epoch)
-            except ValueError as error:
-                if "more than 1 value per channel" not in str(error):
-                    raise
-                raise utils.UserError(
-                    f"{self.args.arch} cannot train on a batch of {len(images)} image of this size: its BatchNorm needs more "
-                    "than one value a channel; take another --batch-size"
-                ) from None
+            terms, predictions = self.objective.step(self.wrapped, images, labels, epoch)
         return sum(terms.values()), training_sums(terms, predictions, labels)
+
+    @contextlib.contextmanager
+    def batch_told(self, count):
+        """Turn PyTorch's refusal of a single value a channel, in a batch of `count` images, into a UserError."""
+        try:
+            yield
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            told = f"{self.args.arch} cannot train on a batch of {count} image of this size: its BatchNorm needs more than"
+            raise utils.UserError(f"{told} one value a channel; take another --batch-size") from None
 
     def step(self, images, labels, epoch):
         """Take one optimizer step on a batch, computed in `--accumulate` parts."""
@@ -101,7 +112,8 @@ class Run:
         for number, (x, y) in enumerate(chunks, 1):
             waiting = self.world.size > 1 and number < len(chunks)
             with self.wrapped.no_sync() if waiting else contextlib.nullcontext():
-                loss, sums = self.forward(x, y, epoch)
+                with self.batch_told(len(x)):
+                    loss, sums = self.forward(x, y, epoch)
                 self.scaler.scale(loss * (len(x) / len(images))).backward()
             self.totals.add(sums, len(x))
         self.scaler.step(self.optimizer)
