@@ -1,6 +1,8 @@
 """Batches of images that live on the training device: order and normalisation as tensor operations."""
 
+import hashlib
 import importlib
+import json
 import math
 from typing import NamedTuple
 
@@ -128,6 +130,7 @@ class Data(NamedTuple):
     test: object
     num_classes: int
     size: int
+    about: str = ""  # tells training sets apart
 
 
 def crop_flip(image_set):
@@ -150,7 +153,14 @@ def load(args, world, augmentation=crop_flip, test_size=None):
     augment = augmentation(train_set)
     train = DeviceBatches(train_set, args.batch_size, augment, world, args.manual_seed, args.limit_batches)
     val = test_batches(held_out, args, world, test_size) if held_out else None
-    return Data(train, val, test, len(train_set.classes), test_size or train_set.size)
+    size = test_size or train_set.size
+    return Data(train, val, test, len(train_set.classes), size, about(train_set, size))
+
+
+def about(train_set, size):
+    """Return a text that tells training sets apart: their images' number and size, and their classes."""
+    names = hashlib.sha256(json.dumps(train_set.classes).encode()).hexdigest()[:8]
+    return f"{len(train_set)} images, {size} pixels, {len(train_set.classes)} classes (digest {names})"
 
 
 def split(train_set, args, world):
@@ -168,12 +178,15 @@ def split(train_set, args, world):
     return train_set, held_out
 
 
-def load_test(args, world, size=None):
-    """Read the test images of the data set of `args` into batches on the device."""
+def load_test(args, world, size=None, trained_size=None):
+    """Read the test images of the data set of `args` into batches on the device.
+
+    They are resized to `size` where it is given; an image folder's are read at `trained_size`, else at its own size.
+    """
     if args.dataset in READERS:
         return importlib.import_module(READERS[args.dataset]).load_test(args, world)
     with distributed.first_alone(world):
-        test_set = datasets.load(args.dataset, args.data, False, args.num_workers)
+        test_set = datasets.load(args.dataset, args.data, False, args.num_workers, trained_size)
     return test_batches(test_set, args, world, size)
 
 

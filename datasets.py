@@ -141,7 +141,14 @@ def decode(path, size=None):
     try:
         with Image.open(path) as file:
             image = to_rgb(file)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (
+        UnidentifiedImageError,
+        OSError,
+        ValueError,
+        SyntaxError,
+        NotImplementedError,
+        Image.DecompressionBombError,
+    ) as error:
         raise UserError(f"unreadable image {path} ({first_line(error)})") from None
     if size and image.size != (size, size):
         scale = size / min(image.size)
@@ -157,7 +164,7 @@ def image_size(paths):
     return min(int(np.median([min(decode(path).shape[1:]) for path in some])), LARGEST_IN_MEMORY)
 
 
-def image_folder(folders, train, workers, statistics):
+def image_folder(folders, train, workers, statistics, size=None):
     """Return a split of `train/<class>/*` and the first test folder that exists of `folders[1:]`.
 
     Where there is no `train`, the test folder stands alone.
@@ -167,7 +174,7 @@ def image_folder(folders, train, workers, statistics):
     names, samples = class_folders(test if alone else folders[0])
     if not samples:
         raise UserError(f"no images: put them at {folders[0]}/<class>/* and {test}/<class>/*")
-    size = image_size([path for path, _ in samples])
+    size = size or image_size([path for path, _ in samples])
     if not train and not alone:
         test_names, samples = class_folders(test)
         if test_names != names:
@@ -183,8 +190,11 @@ def image_folder(folders, train, workers, statistics):
     return ImageSet(torch.tensor(labels), read, names, statistics, size)
 
 
-def load(name, root, train, workers=4):
-    """Return a split of the data set `name` below `root`; raise UserError saying what to put where."""
+def load(name, root, train, workers=4, size=None):
+    """Return a split of the data set `name` below `root`; raise UserError saying what to put where.
+
+    `size` is the side that image files are read at, by default that which suits them.
+    """
     if name in ("cifar10", "cifar100", "stl10"):
         return from_torchvision(name, root, train)
     if name == "digits":
@@ -197,4 +207,4 @@ def load(name, root, train, workers=4):
         if (root / "val" / "images").is_dir() and not folders[1].is_dir():
             raise UserError(f"{root}: sort its validation images first: python data/preprocess_tinyimagenet.py {root}")
         folders.pop()
-    return image_folder([str(f) for f in folders], train, workers, IMAGENET_STATISTICS)
+    return image_folder([str(f) for f in folders], train, workers, IMAGENET_STATISTICS, size)

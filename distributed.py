@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from typing import NamedTuple
@@ -60,14 +61,18 @@ def setup(args):
     if "RANK" in os.environ and not dist.is_initialized():
         chosen = backend(getattr(args, "dist_backend", None), world)
         join(chosen, device if chosen == "nccl" else None)
-    if restarts() and "resume" in args:
-        args.resume = True
     return world
 
 
 def restarts():
     """Return how often torchrun has started the processes again after one of them failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def launch():
+    """Return what names this launch of torchrun, the same after it has started the processes again; "" without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name  # "none": it was given no name
 
 
 def join(chosen, device):
@@ -137,6 +142,8 @@ def relaunch(args, argv):
         told = ", ".join(f"process {rank} ended with status {status}" for status, rank in ended.items())
         print(f"{os.path.basename(argv[0])}: error: {told}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:  # the processes tell it
+        return 130
     except dist.DistNetworkError as error:
         raise UserError(f"--dist-url {args.dist_url}: no connection there ({first_line(error)})") from None
     return 0
@@ -144,6 +151,7 @@ def relaunch(args, argv):
 
 def run(parse_args, main):
     """Run `main(args, world)` of a script: parse, launch, join, and turn a user's mistake into one line and status 2."""
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(143))  # nothing to save yet: as SIGTERM ends it
     try:
         args = parse_args()
         if getattr(args, "multiprocessing_distributed", False) and "RANK" not in os.environ:

@@ -190,15 +190,18 @@ class Run:
 def start(run):
     """Claim the run folder and bring the run to its starting point: fresh, or where its checkpoint stands."""
     args = run.args
+    # After a failure torchrun starts the processes again, without --resume.
+    args.resume = args.resume or (distributed.restarts() > 0 and run.folder.is_of(distributed.launch()))
+    distributed.barrier()
     if run.world.is_main:
-        run.folder.claim(args.resume)
+        run.folder.claim(args.resume, distributed.launch())
     distributed.barrier()
     if args.resume and run.folder.last.exists():
         runs.restore(run)
         say(run, f"resuming at epoch {run.epoch + 1}, step {run.step_in_epoch}")
     else:
         if args.resume:
-            say(run, f"--resume: nothing in {run.folder.path} yet, starting from the beginning")
+            say(run, f"--resume: no checkpoint in {run.folder.path} yet, starting from the beginning")
         run.prepare()
     if run.world.is_main:
         run.folder.write_settings()

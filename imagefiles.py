@@ -29,6 +29,7 @@ PREFETCH = 2  # batches that each worker reads ahead
 REPLACEMENTS = 100  # images tried in place of an unreadable one
 SHOWN = 20  # unreadable images that a process names in an epoch
 RGB = io.ImageReadMode.RGB
+JPEG = [0xFF, 0xD8, 0xFF]  # how a JPEG file begins
 
 
 @dataclass
@@ -59,9 +60,9 @@ def find(root, split):
 def decode(path):
     """Return the image at `path` as (3, H, W) uint8, whatever its colour space; UserError where it cannot be read."""
     try:
-        image = io.decode_image(io.read_file(path), RGB)
-        if image.dim() == 3 and image.dtype == torch.uint8:
-            return image
+        content = io.read_file(path)
+        if content[:3].tolist() == JPEG:  # of other formats torchvision's decoders crash on some damaged files
+            return io.decode_jpeg(content, RGB)
     except RuntimeError:
         pass
     return datasets.decode(path)  # slower, but knows more formats and says what is wrong
@@ -168,6 +169,7 @@ class FileBatches:
         if args.decode == "device" and world.device.type != "cuda":
             raise UserError("--decode device needs a GPU: this run has none")
         self.files, self.world, self.skip, self.limit = files, world, args.skip_bad_images, args.limit_batches
+        self.named, self.skipped = set(), 0  # unreadable images: told so far by this process, and of all in the last pass
         encoded = args.decode == "device"
         self.images = (EncodedImages if encoded else Images)(files, transform, fill and self.skip)
         self.normalise = batches.Normaliser(datasets.IMAGENET_STATISTICS, world.device)
@@ -192,16 +194,18 @@ class FileBatches:
         Raises UserError at an unreadable image; with --skip-bad-images names it and counts them at the end.
         """
         self.plan.batches, device = plan, self.world.device
-        skipped, empty, bad = 0, True, []
+        met, empty, bad = set(), True, []
         for found in self.loader:
             if isinstance(self.images, EncodedImages):
                 found = self.images.decoded(*found, device)
             images, labels, bad = found
             if bad and not self.skip:
                 raise UserError(f"{bad[0]}; --skip-bad-images goes on without it")
-            for line in bad[: max(SHOWN - skipped, 0)]:
-                print(f"skipped: {line}", file=sys.stderr, flush=True)
-            skipped += len(bad)
+            for line in dict.fromkeys(bad):
+                if line not in self.named and len(self.named) < SHOWN:
+                    print(f"skipped: {line}", file=sys.stderr, flush=True)
+                    self.named.add(line)
+            met.update(bad)
             if len(labels):
                 empty = False
                 yield self.normalise(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
@@ -210,9 +214,10 @@ class FileBatches:
         if empty and bad:
             raise UserError(f"{bad[0]}; nor is any other image of this pass readable")
         if self.skip:
-            skipped = distributed.total(skipped, self.world)
-            if skipped and self.world.is_main:
+            skipped = distributed.total(len(met), self.world)
+            if skipped != self.skipped and self.world.is_main:
                 print(f"skipped {skipped} unreadable images", file=sys.stderr, flush=True)
+            self.skipped = skipped
 
 
 class TrainBatches(FileBatches):
@@ -254,8 +259,13 @@ class TestBatches(FileBatches):
         size = max(args.batch_size // world.size, 1)
         count = min(len(files), self.limit * args.batch_size) if self.limit else len(files)
         self.mine = range(world.rank, count, world.size)
-        self.total = distributed.total(len(self.mine), world)
+        self.listed = distributed.total(len(self.mine), world)
         self.items = [[(i, (0,)) for i in self.mine[at : at + size]] for at in range(0, len(self.mine), size)]
+
+    @property
+    def total(self):
+        """The images of all processes, without those that the last pass left out."""
+        return self.listed - self.skipped
 
     def __len__(self):
         return len(self.mine)
@@ -273,7 +283,8 @@ def load(args, world):
     train_set, held_out = batches.split(train_set, args, world)
     held_out = TestBatches(held_out, args, world) if held_out else None
     test = TestBatches(test_set, args, world)
-    return batches.Data(TrainBatches(train_set, args, world), held_out, test, test.num_classes, SIZE)
+    about = batches.about(train_set, SIZE)
+    return batches.Data(TrainBatches(train_set, args, world), held_out, test, test.num_classes, SIZE, about)
 
 
 def load_test(args, world):

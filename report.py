@@ -53,11 +53,12 @@ def find_runs(folders):
     }
     runs = []
     for folder in sorted(found):
-        args = read_json(folder / "args.json")
-        if args is None:
+        try:
+            run = Run(folder, read_json(folder / "args.json"), read_log(folder / "log.jsonl"))
+            _ = run.finished, label_of(run.args)
+            runs.append(run)
+        except (AttributeError, TypeError, ValueError):
             print(f"report: {folder} has no readable args.json: left out", file=sys.stderr)
-        else:
-            runs.append(Run(folder, args, read_log(folder / "log.jsonl")))
     return runs
 
 

@@ -55,11 +55,17 @@ class RunFolder:
         self.settings = {"script": script, **vars(args)}
         self.lock = None
 
-    def claim(self, resume):
-        """Create or reopen the folder; raise utils.UserError where it holds another run or one in progress."""
+    def is_of(self, launch):
+        """Return whether it was `launch`, a name, that claimed the folder last."""
+        with suppress(OSError):
+            return bool(launch) and (self.path / ".lock").read_text() == launch
+        return False
+
+    def claim(self, resume, launch=""):
+        """Create or reopen the folder for a launch; raise utils.UserError where it holds another run or one in progress."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
+            self.lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until the process ends
         except OSError as error:
             raise utils.UserError(f"cannot write the run folder {self.path}: {error.strerror}") from None
         # The data workers of a killed run hold its lock until they notice, some seconds later.
@@ -68,14 +74,24 @@ class RunFolder:
             if time.monotonic() > patience:
                 raise utils.UserError(f"{self.path}: another process is training in this folder")
             time.sleep(0.5)
-        if not any(path.exists() for path in (self.last, self.best, self.log)):
-            return
+        if any(path.exists() for path in (self.last, self.best, self.log)):
+            self.check_continued(resume)
+        self.lock.truncate(0)
+        self.lock.write(launch)
+        self.lock.flush()
+
+    def check_continued(self, resume):
+        """Raise UserError unless the run in the folder is this one, to be resumed from its last checkpoint."""
         if not resume:
             raise utils.UserError(f"{self.path} already holds a run: continue it with --resume or name this one with --tag")
         self.check_settings(self.written_settings())
         # A run killed before its first checkpoint has logged one epoch at most, and starts again.
-        if not self.last.exists() and (len(read_log(self.log)) > 1 or not self.log.exists()):
+        if not self.last.exists() and max(len(read_log(self.log)), self.best_epoch()) > 1:
             raise utils.UserError(f"--resume: {self.last} is missing: put it back, or {self.recovery()}")
+
+    def best_epoch(self):
+        """Return the epoch of the best checkpoint, 0 where there is none."""
+        return utils.read_checkpoint(self.best).get("epoch", 0) if self.best.exists() else 0
 
     def recovery(self):
         """Return what to do without a last checkpoint that can be read."""
@@ -97,7 +113,7 @@ class RunFolder:
         return True
 
     def written_settings(self):
-        """Return the settings of the run in the folder; utils.UserError where they cannot be read."""
+        """Return the settings of the run in the folder; UserError where they cannot be read."""
         with suppress(OSError, ValueError):
             settings = json.loads(self.arguments.read_text())
             if isinstance(settings, dict):
@@ -105,7 +121,7 @@ class RunFolder:
         raise utils.UserError(f"--resume: {self.arguments} is missing or unreadable: put it back, or use --tag")
 
     def check_settings(self, old):
-        """Raise utils.UserError where `old`, an earlier run's settings, are not this run's."""
+        """Raise UserError where `old`, an earlier run's settings, are not this run's."""
         changed = differences(old, self.settings)
         if changed:
             raise utils.UserError(f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag")
@@ -116,10 +132,13 @@ class RunFolder:
 
 
 def write_text(path, text):
-    """Write a small file so that a crash at any moment leaves the old one or the new one; utils.UserError if it cannot."""
+    """Write a small file so that a crash at any moment leaves the old one or the new one; UserError if it cannot."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text)
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise utils.UserError(f"cannot write {path}: {error.strerror}") from None
@@ -152,6 +171,8 @@ class RunLog:
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(plain) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key != "epoch":
                     self.events.add_scalar(key, value, record["epoch"])
@@ -177,6 +198,8 @@ def checkpoint_of(run):
             "optimizer": run.optimizer.state_dict(),
             "arch": run.args.arch,
             "num_classes": run.data.num_classes,
+            "size": run.data.size,
+            "data": run.data.about,
             "rotations": getattr(model, "rotations", None),
             "dataset": run.args.dataset,
             "method": getattr(run.args, "method", None),
@@ -202,6 +225,9 @@ def restore(run):
         raise utils.UserError(f"--resume: {error}; {run.folder.recovery()}") from None
     if isinstance(content.get("args"), dict):
         run.folder.check_settings(content["args"])
+    if content.get("data", run.data.about) != run.data.about:
+        told = f"{content['data']}; here {run.data.about}"
+        raise utils.UserError(f"--resume: the run in {run.folder.path} has other training images: {told}")
     if content.get("teacher_digest") != run.teacher_digest:
         raise utils.UserError(f"--resume: the run in {run.folder.path} has a teacher of other weights: use --tag")
     try:
@@ -215,7 +241,7 @@ def restore(run):
         run.totals.load_state_dict(content["totals"], run.world.is_main)
         run.best, run.last_accuracy = content["best"], content["acc"]
         torch.set_rng_state(content["rng"]["torch"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise utils.UserError(
             f"{run.folder.last}: no checkpoint of this project to resume from ({utils.first_line(error)})"
         ) from None

@@ -33,8 +33,8 @@ def parse_args(argv=None):
     args = options.finish(parser, argv)
     if models.is_pair(args.arch):
         args.arch = models.member_name(args.arch)
-    paths = (args.student_weights, args.export_backbone)
-    if args.export_backbone and len({os.path.realpath(path) for path in paths}) < 2:
+    written = [args.export_backbone, f"{args.export_backbone}.tmp"] if args.export_backbone else []
+    if os.path.realpath(args.student_weights) in map(os.path.realpath, written):
         parser.error("--export-backbone would overwrite --student-weights")
     return args
 
@@ -59,7 +59,7 @@ def main(args, world):
     network = models.create(args.arch, num_classes, rotations or 4)
     content = utils.load_weights(network, args.student_weights, args.net)
     network = network.to(world.device, memory_format=torch.channels_last).eval()
-    images = batches.load_test(args, world)
+    images = batches.load_test(args, world, trained_size=content.get("size"))
     if images.num_classes != num_classes:
         raise utils.UserError(f"{args.student_weights}: {num_classes} classes, but {args.dataset} has {images.num_classes}")
     precision = resolve_precision(args.amp, world.device)
@@ -80,9 +80,9 @@ def main(args, world):
     }
     if not world.is_main:
         return
+    print(json.dumps(result) if args.json else "\n".join(lines(result)), flush=True)
     if args.export_backbone:
         export_backbone(network, result, args.export_backbone)
-    print(json.dumps(result) if args.json else "\n".join(lines(result)))
 
 
 def lines(result):

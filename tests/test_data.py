@@ -338,6 +338,7 @@ def test_image_folder_of_unequal_sizes_and_of_tests_alone(tmp_path):
     train = datasets.load("imagefolder", str(tmp_path), True)
     assert train.classes == ["cat"] and train.size == datasets.load("imagefolder", str(tmp_path), False).size == 16
     shutil.rmtree(tmp_path / "train")
+    assert datasets.load("imagefolder", str(tmp_path), False, size=16).images().shape[-1] == 16  # as the weights were trained
     alone = datasets.load("imagefolder", str(tmp_path), False)
     assert alone.classes == ["cat"] and alone.images().shape == (2, 3, 8, 8)
 

@@ -100,7 +100,27 @@ def test_unreadable_images_are_skipped_and_named(damaged, capsys):
     assert told.startswith("skipped: ") and damaged[1] in told.splitlines()[0]
     assert told.splitlines()[-1] == "skipped 1 unreadable images"
     test = imagefiles.load_test(arguments(damaged[0], "--skip-bad-images"), WORLD)
-    assert [labels.tolist() for _, labels in test] == [[0, 2, 3]] and test.total == 4
+    assert [labels.tolist() for _, labels in test] == [[0, 2, 3]] and test.total == 3
+
+
+def test_other_formats_than_jpeg_are_read_by_pillow(tmp_path):
+    """Whatever they are called: torchvision's decoder of PNG ends the process at some damaged files."""
+    pixels = np.random.RandomState(0).randint(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    path = (tmp_path / "a.png").rename(tmp_path / "a.JPEG")
+    assert torch.equal(imagefiles.decode(str(path)), torch.from_numpy(pixels).permute(2, 0, 1))
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="unreadable image"):
+        imagefiles.decode(str(path))
+
+
+def test_unreadable_images_are_told_once(damaged, capsys):
+    test = imagefiles.load_test(arguments(damaged[0], "--skip-bad-images"), WORLD)
+    for _ in range(2):
+        assert sum(len(labels) for _, labels in test) == test.total == 3
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_a_pass_without_a_readable_image_says_so(root):

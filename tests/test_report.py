@@ -186,11 +186,12 @@ def test_killed_run_and_foreign_folders(tmp_path, capsys):
     write_run(tmp_path, "b", [30.0])
     (tmp_path / "b" / "args.json").unlink()
     (tmp_path / "unrelated").mkdir()
+    write_run(tmp_path, "odd", [30.0], epochs=[3])
     write_run(tmp_path, "c", [], manual_seed=1)
     (row,) = rows_of(tmp_path)
     assert (row["epochs"], row["last top-1"], row["seeds"]) == ("0-2/240", "21.00", "(0) (1)")
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and str(tmp_path / "b") in errors[0]
+    assert len(errors) == 2 and str(tmp_path / "b") in errors[0] and str(tmp_path / "odd") in errors[1]
 
 
 def test_command_line_writes_markdown_and_csv(tmp_path, monkeypatch, capsys):

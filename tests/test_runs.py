@@ -247,6 +247,8 @@ def test_missing_last_checkpoint_does_not_start_over(tmp_path, capsys, whole_tea
     assert same(torch.load(last, weights_only=True)["net"], torch.load(io.BytesIO(kept), weights_only=True)["net"])
     last.unlink()
     (folder / "log.jsonl").write_text((folder / "log.jsonl").read_text().splitlines()[0])
+    assert "is missing" in refused(capsys, *argv)  # the best checkpoint tells that there was more than one epoch
+    best.unlink()
     run("train_teacher_cifar", *argv, "--resume")
     assert same(torch.load(last, weights_only=True)["net"], torch.load(io.BytesIO(kept), weights_only=True)["net"])
 
@@ -267,6 +269,30 @@ def test_resumption_of_something_else(tmp_path, capsys, whole_teacher):
     run("train_teacher_cifar", *argv, "--tag", "other", "--init-lr", 0.01)
     shutil.copy(tmp_path / f"{TEACHER_RUN}_other" / "resnet8_aux.pth.tar", folder)
     assert "with other settings (init_lr 0.01 -> 0.05" in refused(capsys, *argv)
+
+
+def test_other_training_images_are_another_run(tmp_path, capsys):
+    """`--data` may move, but what is there must be the same; torchrun's restarts take up their own launch's folder alone."""
+    for name, count in (("here", 4), ("moved", 4), ("more", 6)):
+        for split, number in itertools.product(("train", "val"), range(count)):
+            (tmp_path / name / split / "a").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (40 * number, 9, 9)).save(tmp_path / name / split / "a" / f"{number}.png")
+    argv = ["--arch", "resnet8_aux", "--dataset", "imagefolder", "--batch-size", 2, "--amp", "off"]
+    argv += ["--checkpoint-dir", tmp_path]
+    run("train_teacher_cifar", *argv, "--data", tmp_path / "here", "--epochs", 1)
+    assert "has other training images: 4 images" in refused(capsys, *argv, "--data", tmp_path / "more", "--epochs", 2)
+    run("train_teacher_cifar", *argv, "--data", tmp_path / "moved", "--epochs", 2, "--resume")
+
+
+def test_restarts_of_a_launch_take_up_its_own_folder_alone(tmp_path, capsys, monkeypatch):
+    argv = [*QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    run("train_teacher_cifar", *argv)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run("train_teacher_cifar", *argv)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    with pytest.raises(utils.UserError, match="already holds a run"):
+        run("train_teacher_cifar", *argv)
 
 
 def test_diverged_training_ends_and_keeps_what_was_good(tmp_path, capsys, monkeypatch):
