@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.nn import functional as F
 
 from utils import UserError, first_line
@@ -141,14 +141,7 @@ def decode(path, size=None):
     try:
         with Image.open(path) as file:
             image = to_rgb(file)
-    except (
-        UnidentifiedImageError,
-        OSError,
-        ValueError,
-        SyntaxError,
-        NotImplementedError,
-        Image.DecompressionBombError,
-    ) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # of damaged files
         raise UserError(f"unreadable image {path} ({first_line(error)})") from None
     if size and image.size != (size, size):
         scale = size / min(image.size)
@@ -172,7 +165,7 @@ def image_folder(folders, train, workers, statistics, size=None):
     test = next((folder for folder in folders[1:] if os.path.isdir(folder)), folders[-1])
     alone = not train and not os.path.isdir(folders[0])
     names, samples = class_folders(test if alone else folders[0])
-    if not samples:
+    if not samples or not (train or os.path.isdir(test)):
         raise UserError(f"no images: put them at {folders[0]}/<class>/* and {test}/<class>/*")
     size = size or image_size([path for path, _ in samples])
     if not train and not alone:

@@ -113,8 +113,12 @@ def relaunch(args, argv):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    address = urlparse(args.dist_url)
-    if address.scheme != "tcp" or not address.port:
+    if args.rank >= args.world_size:
+        raise UserError(f"--rank {args.rank}: expected a machine's number below --world-size {args.world_size}")
+    address, usable = urlparse(args.dist_url), False
+    with contextlib.suppress(ValueError):  # a port out of range
+        usable = address.scheme == "tcp" and address.hostname and address.port
+    if not usable:
         raise UserError(f"--dist-url {args.dist_url}: expected tcp://HOST:PORT")
     processes = gpu_count(args.gpu_id)
     if not args.gpu_id and torch.cuda.is_available():

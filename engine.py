@@ -149,8 +149,9 @@ class Run:
     def check_finite(self, epoch):
         """Raise UserError where training has diverged, before anything of that is saved."""
         values = [value.isfinite().all() for value in self.model.state_dict().values() if value.is_floating_point()]
-        if not torch.stack(values).all():
-            raise utils.UserError(f"training diverged in epoch {epoch + 1}: weights are not finite; try a lower --init-lr")
+        # The scaler of float16 skips steps that are not finite: there the loss tells.
+        if not (math.isfinite(self.totals.means()["loss"]) and torch.stack(values).all()):
+            raise utils.UserError(f"training diverged in epoch {epoch + 1}: loss or weights not finite; lower --init-lr")
 
     def show_progress(self, bar):
         """Put this process's loss and accuracy so far, and the images/s of all, behind the progress bar."""

@@ -194,7 +194,7 @@ class FileBatches:
         Raises UserError at an unreadable image; with --skip-bad-images names it and counts them at the end.
         """
         self.plan.batches, device = plan, self.world.device
-        met, empty, bad = set(), True, []
+        met, empty = set(), True
         for found in self.loader:
             if isinstance(self.images, EncodedImages):
                 found = self.images.decoded(*found, device)
@@ -211,10 +211,10 @@ class FileBatches:
                 yield self.normalise(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
             elif self.images.fill:
                 raise UserError(f"{bad[0]}; nor are the {REPLACEMENTS - 1} images after it readable")
-        if empty and bad:
-            raise UserError(f"{bad[0]}; nor is any other image of this pass readable")
         if self.skip:
-            skipped = distributed.total(len(met), self.world)
+            skipped, seen = (distributed.total(count, self.world) for count in (len(met), not empty))
+            if skipped and not seen:
+                raise UserError(f"{min(met, default='unreadable images')}; nor is any other image of this pass readable")
             if skipped != self.skipped and self.world.is_main:
                 print(f"skipped {skipped} unreadable images", file=sys.stderr, flush=True)
             self.skipped = skipped

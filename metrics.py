@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from distributed import sum_over_ranks
+from distributed import gather_objects, sum_over_ranks
 from losses import joint_labels, rotate
 from objective import unwrap
 
@@ -30,11 +30,13 @@ class Totals:
 
     def means(self, over_ranks=True):
         """Return name -> mean over the images of all ranks (or of this one)."""
-        if self.sums is None:
+        # A rank may have seen no image, where all of its share are unreadable.
+        names = max(gather_objects(self.names), key=len) if over_ranks else self.names
+        if not names:
             return {}
-        both = torch.cat([self.sums, self.count.view(1)])
+        both = torch.cat([self.count.new_zeros(len(names)) if self.sums is None else self.sums, self.count.view(1)])
         *sums, count = (sum_over_ranks(both) if over_ranks else both).tolist()
-        return {name: value / max(count, 1) for name, value in zip(self.names, sums, strict=True)}
+        return {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
 
     def state_dict(self):
         """Return the sums over all ranks."""

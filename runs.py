@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -74,7 +75,7 @@ class RunFolder:
             if time.monotonic() > patience:
                 raise utils.UserError(f"{self.path}: another process is training in this folder")
             time.sleep(0.5)
-        if any(path.exists() for path in (self.last, self.best, self.log)):
+        if self.last.exists() or self.best.exists() or read_log(self.log):
             self.check_continued(resume)
         self.lock.truncate(0)
         self.lock.write(launch)
@@ -88,6 +89,9 @@ class RunFolder:
         # A run killed before its first checkpoint has logged one epoch at most, and starts again.
         if not self.last.exists() and max(len(read_log(self.log)), self.best_epoch()) > 1:
             raise utils.UserError(f"--resume: {self.last} is missing: put it back, or {self.recovery()}")
+        if not self.last.exists() and self.best.exists():  # killed between the two: they are equal after the first epoch
+            shutil.copyfile(self.best, temporary := f"{self.last}.tmp")
+            os.replace(temporary, self.last)
 
     def best_epoch(self):
         """Return the epoch of the best checkpoint, 0 where there is none."""

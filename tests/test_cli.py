@@ -285,6 +285,19 @@ def test_unknown_names_are_answered_with_the_nearest(script, capsys):
     assert "cifar1000" in text and "cifar100," in text
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dist-url", "tcp://127.0.0.1:99999"], "expected tcp://HOST:PORT"),
+        (["--dist-url", "tcp://:2222"], "expected tcp://HOST:PORT"),
+        (["--dist-url", "file:///tmp/x"], "expected tcp://HOST:PORT"),
+        (["--rank", "1"], "--rank 1: expected a machine's number below --world-size 1"),
+    ],
+)
+def test_addresses_of_machines(words, said, capsys):
+    assert said in one_line("train_baseline_cifar", ["--multiprocessing-distributed", *words], capsys)
+
+
 METHOD_MISTAKES = [
     (["--method", "hsakd", "--slope", "3"], "--slope has no part in --method hsakd"),
     (["--method", "kd", "--ced-beta", "3"], "--ced-beta has no part"),

@@ -402,7 +402,7 @@ def break_by_bad_chunk(root):
     [
         (break_nothing, "put them at"),
         (break_empty, "cat: a class folder without images"),
-        (break_no_test, "its class folders must be"),
+        (break_no_test, "put them at"),
         (break_other_classes, "cat, dog"),
         (break_empty_test, "cat: a class folder without images"),
         (break_first_image, "0.png"),

@@ -20,6 +20,7 @@ import batches
 import datasets
 import distributed
 import engine
+import metrics
 import models
 import train_teacher_cifar
 import utils
@@ -192,6 +193,16 @@ def test_a_port_in_use_is_one_line_and_status_2(finished):
     assert process.returncode == 2
     assert [line for line in told.splitlines() if "error" in line] == [told.splitlines()[-1]]
     assert "--dist-url tcp://127.0.0.1" in told.splitlines()[-1]
+
+
+def test_a_rank_without_any_image_takes_part_in_the_means(monkeypatch):
+    """Where every image of its share is unreadable, the other's sums are the whole."""
+    seen, unseen = (metrics.Totals(torch.device("cpu")) for _ in range(2))
+    seen.add({"top1": torch.tensor(150.0)}, 2)
+    monkeypatch.setattr(metrics, "gather_objects", lambda names: [["top1"], []])
+    monkeypatch.setattr(metrics, "sum_over_ranks", lambda values: torch.tensor([150.0, 2.0]).to(values))
+    assert seen.means() == unseen.means() == {"top1": 75.0}
+    assert unseen.means(over_ranks=False) == {}
 
 
 def test_one_process_downloads_before_the_others_look(monkeypatch):

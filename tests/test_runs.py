@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from PIL import Image
 from scripts import QUICK, QUICK_RUN, log_lines, run, save_teacher, status
 
 import engine
+import losses
 import models
 import runs
 import utils
@@ -250,7 +252,26 @@ def test_missing_last_checkpoint_does_not_start_over(tmp_path, capsys, whole_tea
     assert "is missing" in refused(capsys, *argv)  # the best checkpoint tells that there was more than one epoch
     best.unlink()
     run("train_teacher_cifar", *argv, "--resume")
+    assert log_lines(folder) == log_lines(whole_teacher)
     assert same(torch.load(last, weights_only=True)["net"], torch.load(io.BytesIO(kept), weights_only=True)["net"])
+
+
+def test_killed_between_the_first_best_and_last_checkpoint(tmp_path, capsys):
+    argv = [*QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    run("train_teacher_cifar", *argv)
+    last, best = ((tmp_path / TEACHER_RUN / f"resnet8_aux{which}.pth.tar") for which in ("", "_best"))
+    kept = best.read_bytes()
+    last.unlink()
+    run("train_teacher_cifar", *argv, "--resume")
+    assert best.read_bytes() == last.read_bytes() == kept and "resuming at epoch 2" in capsys.readouterr().out
+
+
+def test_float16_diverges_by_its_loss(tmp_path, capsys):
+    """The scaler skips the steps that would spoil the weights; a folder without an epoch holds no run."""
+    argv = [*QUICK_RUN, "--amp", "fp16", "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    with mock.patch.object(losses, "cross_entropy", lambda logits, labels: logits.float().sum() * math.nan):
+        assert "training diverged in epoch 1" in refused(capsys, *argv)
+    run("train_teacher_cifar", *argv, "--init-lr", 0.01)
 
 
 def test_resumption_of_something_else(tmp_path, capsys, whole_teacher):
@@ -302,7 +323,7 @@ def test_diverged_training_ends_and_keeps_what_was_good(tmp_path, capsys, monkey
     good = (folder / "resnet8_aux.pth.tar").read_bytes(), (folder / "log.jsonl").read_text()
     monkeypatch.setattr(utils, "learning_rate", lambda *_: 1e30)
     capsys.readouterr()
-    assert "training diverged in epoch 2: weights are not finite" in refused(capsys, *argv, "--epochs", 2)
+    assert "training diverged in epoch 2: loss or weights not finite" in refused(capsys, *argv, "--epochs", 2)
     assert good == ((folder / "resnet8_aux.pth.tar").read_bytes(), (folder / "log.jsonl").read_text())
 
 
