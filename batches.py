@@ -102,10 +102,10 @@ class TestBatches:
     __test__ = False
 
     def __init__(self, image_set, batch_size, world, limit=None):
-        if len(image_set) < world.size:
-            raise UserError(f"fewer test images ({len(image_set)}) than processes ({world.size})")
         self.num_classes, self.size = len(image_set.classes), image_set.size
         count = min(len(image_set), limit * batch_size) if limit else len(image_set)
+        if count < world.size:
+            raise UserError(f"fewer test images ({count}) than processes ({world.size})")
         mine = torch.arange(world.rank, count, world.size)
         share = image_set.subset(mine)
         self.images = share.images().to(world.device)

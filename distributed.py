@@ -48,7 +48,7 @@ def pick_device(gpu_id, local_rank):
 
 def setup(args):
     """Join the process group that the environment describes (torchrun's variables) and return the World."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     device = pick_device(args.gpu_id, int(os.environ.get("LOCAL_RANK", 0)))
     rank = int(os.environ.get("RANK", 0))
     world = World(rank, size, device)
@@ -65,7 +65,7 @@ def setup(args):
 
 
 def restarts():
-    """Return how often torchrun has started the processes again after one of them failed."""
+    """Return how often torchrun has started the processes again after one of this machine failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -76,12 +76,17 @@ def launch():
 
 
 def join(chosen, device):
-    """Join the process group; after a restart under keys of its own, since torchrun's store still holds the dead ones'."""
-    if not restarts():
+    """Join the process group; where torchrun may restart it, under keys that the dead processes have not written."""
+    told = os.environ
+    if told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or told.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         dist.init_process_group(chosen, device_id=device)
         return
-    store, rank, size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"restart{restarts()}", store)
+    rank, size = int(told["RANK"]), int(told["WORLD_SIZE"])
+    store = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), is_master=False)
+    # Each machine counts the restarts that its own processes caused: of several, every rank counts its starts.
+    one_machine = told["LOCAL_WORLD_SIZE"] == told["WORLD_SIZE"]
+    start = restarts() if one_machine else store.add(f"starts of {rank}", 1)
+    store = dist.PrefixStore(f"start {start}", store)
     dist.init_process_group(chosen, store=store, rank=rank, world_size=size, device_id=device)
 
 
@@ -166,6 +171,8 @@ def run(parse_args, main):
         fail(error, 2)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except torch.OutOfMemoryError as error:
+        fail(f"{first_line(error)}: lower --batch-size, or compute it in parts with --accumulate", 2)
     except RuntimeError as error:
         if not lost_peer(error):
             raise

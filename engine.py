@@ -192,8 +192,8 @@ def start(run):
     """Claim the run folder and bring the run to its starting point: fresh, or where its checkpoint stands."""
     args = run.args
     # After a failure torchrun starts the processes again, without --resume.
-    args.resume = args.resume or (distributed.restarts() > 0 and run.folder.is_of(distributed.launch()))
-    distributed.barrier()
+    found = distributed.gather_objects((distributed.restarts(), run.folder.is_of(distributed.launch())))
+    args.resume = args.resume or (any(restarts for restarts, _ in found) and found[0][1])
     if run.world.is_main:
         run.folder.claim(args.resume, distributed.launch())
     distributed.barrier()
@@ -229,8 +229,8 @@ def fit(args, world, model, objective, data):
 def train(run):
     """Train from the run's starting point to its last epoch; return the best record."""
     args, world, data = run.args, run.world, run.data
-    stop = StopSignal()
     start(run)
+    stop = StopSignal()
     log = runs.RunLog(run.folder, run.epoch) if world.is_main else None
     precision = str(run.precision or torch.float32).removeprefix("torch.")
     say(run, f"{run.folder.path}: lr {args.init_lr}, {precision}, {data.num_classes} classes, "

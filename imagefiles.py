@@ -141,9 +141,9 @@ def stacked(images):
 
 
 def collate_encoded(found):
-    """Join `EncodedImages` items; the files differ in length and stay a list."""
+    """Join `EncodedImages` items: all bytes in one tensor, each of which takes a worker a file descriptor, and lengths."""
     contents, labels, items = zip(*found, strict=True)
-    return list(contents), torch.stack(labels), list(items)
+    return torch.cat(contents), [len(content) for content in contents], torch.stack(labels), list(items)
 
 
 def stay(leaving, _):
@@ -197,7 +197,8 @@ class FileBatches:
         met, empty = set(), True
         for found in self.loader:
             if isinstance(self.images, EncodedImages):
-                found = self.images.decoded(*found, device)
+                content, lengths, *rest = found
+                found = self.images.decoded(list(content.split(lengths)), *rest, device)
             images, labels, bad = found
             if bad and not self.skip:
                 raise UserError(f"{bad[0]}; --skip-bad-images goes on without it")
@@ -252,12 +253,12 @@ class TestBatches(FileBatches):
 
     def __init__(self, files, args, world):
         transform = v2.Compose([v2.Resize(TEST_RESIZE, antialias=True), v2.CenterCrop(SIZE)])
-        if len(files) < world.size:
-            raise UserError(f"fewer test images ({len(files)}) than processes ({world.size})")
         super().__init__(files, transform, args, world, fill=False)
         self.num_classes, self.size = len(files.classes), SIZE
         size = max(args.batch_size // world.size, 1)
         count = min(len(files), self.limit * args.batch_size) if self.limit else len(files)
+        if count < world.size:
+            raise UserError(f"fewer test images ({count}) than processes ({world.size})")
         self.mine = range(world.rank, count, world.size)
         self.listed = distributed.total(len(self.mine), world)
         self.items = [[(i, (0,)) for i in self.mine[at : at + size]] for at in range(0, len(self.mine), size)]

@@ -79,7 +79,7 @@ def label_of(args):
 
 def settings_of(args):
     """Return what sets a run apart as a dict of strings; a path is cut to file and folder and loses its seed."""
-    kept = {name: value for name, value in args.items() if name not in NOT_SETTINGS and value not in (None, False, "")}
+    kept = {name: value for name, value in args.items() if name not in NOT_SETTINGS and str(value) not in ("None", "False", "")}
     return {name: re.sub(r"seed\d+", "seed", "/".join(str(value).split("/")[-2:])) for name, value in kept.items()}
 
 

@@ -184,10 +184,6 @@ class RunLog:
         except OSError as error:
             raise utils.UserError(f"cannot write {self.path}: {error.strerror}") from None
 
-    def close(self):
-        """End the TensorBoard events."""
-        self.events.close()
-
 
 def checkpoint_of(run):
     """Return everything that the checkpoint of an engine.Run holds; every rank takes part."""

@@ -131,7 +131,7 @@ def test_test_model(file, arch, flags, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = [*QUICK, "--arch", arch, "--student-weights", weights / file, "--json", *flags]
     defined, read = flags_read("test_model", argv, monkeypatch)
-    assert not defined - read - {"script", "decode", "skip_bad_images"} - ({"net"} if "net" not in defined else set())
+    assert not defined - read - {"script", "decode", "skip_bad_images"}
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == 360 and 0 <= result["top1"] <= result["top5"] <= 100
     heads = {name for name in result if name.startswith("aux")}

@@ -257,6 +257,22 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(tmp_path):
     assert [line["epoch"] for line in lines] == [1, 2, 3]
 
 
+def test_two_machines_restart_together(tmp_path):
+    """Only the machine whose process was killed counts a restart; both start again, meet and resume."""
+    command, port = baseline(tmp_path, "--epochs", 3, "--milestones", 2, "--batch-size", 32), free_port()
+    machines = [on_machine(rank, port, "torchrun", ["--max-restarts", "2", *command]) for rank in (0, 1)]
+    launchers = [launch(machine) for machine in machines]
+    log, patience = tmp_path / FOLDER / "log.jsonl", time.monotonic() + 100
+    while not (log.exists() and log.read_text().count("\n")):
+        assert time.monotonic() < patience and all(launcher.poll() is None for launcher in launchers)
+        time.sleep(0.05)
+    os.kill({rank: pid for launcher in launchers for rank, pid in ranks_of(launcher).items()}[1], signal.SIGKILL)
+    told = [launcher.communicate(timeout=150) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], told
+    assert "resuming at epoch" in "".join(output for output, _ in told)
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
 def test_a_preempted_run_goes_on_with_one_process(tmp_path, monkeypatch):
     command = baseline(tmp_path, "--epochs", 1, "--milestones", 1, "--batch-size", 8)
     stopped = launch(published(command))

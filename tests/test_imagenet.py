@@ -152,7 +152,8 @@ def test_decoding_a_batch_in_one_call(root):
     items = [(index, (0, 0, index)) for index in range(4)]
     expected = imagefiles.collate([imagefiles.Images(files, flip, False)[item] for item in items])
     encoded = imagefiles.EncodedImages(files, flip, False)
-    contents, labels, kept = imagefiles.collate_encoded([encoded[item] for item in items])
+    content, lengths, labels, kept = imagefiles.collate_encoded([encoded[item] for item in items])
+    contents = list(content.split(lengths))
     images = io.decode_jpeg(contents, io.ImageReadMode.RGB)
     assert kept == items and len(images) == 4
     contents[1] = torch.zeros(3, dtype=torch.uint8)  # what the decoder refuses is read from its file

@@ -331,7 +331,7 @@ def test_infinite_numbers_are_logged_as_null(tmp_path):
     folder = argparse.Namespace(path=tmp_path, log=tmp_path / "log.jsonl")
     log = runs.RunLog(folder)
     log.write({"epoch": 1, "train/loss": math.inf, "test/loss": math.nan, "test/top1": 1.0})
-    log.close()
+    log.events.close()
     assert json.loads(folder.log.read_text()) == {"epoch": 1, "train/loss": None, "test/loss": None, "test/top1": 1.0}
 
 
