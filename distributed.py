@@ -1,6 +1,7 @@
 """One process or many, by PyTorch's own launcher: the world of a run, its collectives and its entry point."""
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -77,6 +78,9 @@ def launch():
 
 def join(chosen, device):
     """Join the process group; where torchrun may restart it, under keys that the dead processes have not written."""
+    # Its functions' defaults keep the group that there is when it is imported, past `leave`.
+    from torch.distributed import nn  # noqa: F401
+
     told = os.environ
     if told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or told.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         dist.init_process_group(chosen, device_id=device)
@@ -161,12 +165,15 @@ def relaunch(args, argv):
 def run(parse_args, main):
     """Run `main(args, world)` of a script: parse, launch, join, and turn a user's mistake into one line and status 2."""
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(143))  # nothing to save yet: as SIGTERM ends it
+    status = 0
     try:
         args = parse_args()
         if getattr(args, "multiprocessing_distributed", False) and "RANK" not in os.environ:
             sys.exit(relaunch(args, sys.argv))
         world = setup(args)
         main(args, world)
+    except SystemExit as stop:  # preempted, or a launcher's status
+        status = stop.code
     except UserError as error:
         fail(error, 2)
     except KeyboardInterrupt:
@@ -177,7 +184,18 @@ def run(parse_args, main):
         if not lost_peer(error):
             raise
         fail("another process of this run has ended", 1, wait=True)
+    leave()
+    if status:
+        sys.exit(status)
+
+
+def leave():
+    """Leave the process group, and end its threads: one that outlived the interpreter would abort the process.
+
+    They end once nothing refers to the group, so call it where the model that was trained is no longer in use.
+    """
     if dist.is_initialized():
+        gc.collect()  # the model's wrapper holds the group, and is part of a cycle of references
         dist.destroy_process_group()
 
 

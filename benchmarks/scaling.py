@@ -91,10 +91,10 @@ def worker():
         speeds.append(args.batch_size * args.steps / (now(world.device) - began))
     if world.is_main:
         print(json.dumps({"images_per_second": spread(speeds), "peak_mib": peak.read()}))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     if "RANK" not in os.environ:
         sys.exit("this measures one cell of: python benchmarks/step.py --scaling")
     worker()
+    distributed.leave()

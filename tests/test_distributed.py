@@ -100,6 +100,34 @@ def test_averaged_gradients_of_two_ranks(tmp_path):
         torch.testing.assert_close(found[0][name], (value + second[name]) / 2, rtol=1e-4, atol=1e-6)
 
 
+def gloo_threads():
+    """Return how many of this process's threads are the process group's."""
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+
+def rank_stopped(rank, port):
+    """Train a step under `distributed.run`, end it as a preempted run does, and check what is left of it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+    def main(args, world):
+        made = small_run(world)
+        made.step(*two_halves()[rank], 0)
+        assert gloo_threads() > 0
+        sys.exit(143)
+
+    with pytest.raises(SystemExit) as stop:
+        distributed.run(lambda: SimpleNamespace(gpu_id=None), main)
+    assert stop.value.code == 143
+    assert not dist.is_initialized() and gloo_threads() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads")
+def test_the_process_groups_threads_end_with_the_run():
+    """One that outlives the interpreter aborts the process now and then, after all is saved: status -6 for 0 or 143."""
+    mp.spawn(rank_stopped, (free_port(),), nprocs=2)
+
+
 def test_accumulated_parts_equal_the_large_batch():
     images, labels = (torch.cat(parts) for parts in zip(*two_halves(), strict=True))
     whole, parts = small_run(WORLD), small_run(WORLD, accumulate=3)
