@@ -37,6 +37,8 @@ def parse_args(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write all measurements")
     ours, rest = parser.parse_known_args(argv)
     args = train_student_cifar.parse_args(rest)
+    if args.val_split or args.warmup_epoch or args.accumulate > 1:
+        sys.exit("equal_results.py: the reference has no --val-split, --warmup-epoch or --accumulate")
     args.seeds, args.json, args.student_flags = ours.seeds, ours.json, rest
     return args
 
@@ -55,7 +57,7 @@ def reference(args, seed, world):
         for group in path.optimizer.param_groups:
             group["lr"] = utils.learning_rate(args, epoch)
         began = time.perf_counter()
-        path.round()
+        path.round(epoch)
         seconds += time.perf_counter() - began
     return {"top1": metrics.evaluate(path.model, test, world.device)["top1"], "speed": args.epochs * count / seconds}
 

@@ -73,15 +73,16 @@ class Reference:
         self.loader = DataLoader(PublishedImages(image_set), args.batch_size, shuffle=sampler is None, sampler=sampler)
         nesterov = not models.is_imagenet(case[1])
         parameters = self.model.parameters()
-        self.optimizer = torch.optim.SGD(parameters, 0.05, 0.9, weight_decay=5e-4, nesterov=nesterov, foreach=False)
+        decay = getattr(args, "weight_decay", 5e-4)
+        self.optimizer = torch.optim.SGD(parameters, 0.05, 0.9, weight_decay=decay, nesterov=nesterov, foreach=False)
 
-    def round(self):
+    def round(self, epoch=0):
         """Train on every image once, or on those of the sampler."""
         self.model.train()
         for images, labels in self.loader:
             images, labels = images.to(self.device), labels.to(self.device)
             self.optimizer.zero_grad()
-            terms, predictions = self.objective.step(self.model, images, labels)
+            terms, predictions = self.objective.step(self.model, images, labels, epoch)
             sum(terms.values()).backward()
             self.optimizer.step()
             for value in training_sums(terms, predictions, labels).values():
