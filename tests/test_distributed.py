@@ -57,9 +57,9 @@ def launch(command):
     )
 
 
-def small_run(world, accumulate=1):
+def small_run(world, accumulate=1, flags=()):
     """Return an engine.Run of a small teacher whose BatchNorms are in eval mode."""
-    args = train_teacher_cifar.parse_args(["--arch", "resnet8_aux", "--dataset", "digits", "--amp", "off"])
+    args = train_teacher_cifar.parse_args(["--arch", "resnet8_aux", "--dataset", "digits", "--amp", "off", *flags])
     args.accumulate = accumulate
     torch.manual_seed(0)
     made = engine.Run(args, world, models.create("resnet8_aux", 10), TeacherLoss(), SimpleNamespace(size=32))
@@ -135,6 +135,25 @@ def test_accumulated_parts_equal_the_large_batch():
         made.step(images, labels, 0)
     for expected, found in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_sync_bn_keeps_weights_and_keys(monkeypatch):
+    """Every BatchNorm takes its statistics over all processes; parameters, optimizer and checkpoint are the same."""
+    monkeypatch.setattr(engine, "DistributedDataParallel", lambda model, **_: model)
+    plain, synced = small_run(WORLD), small_run(WORLD._replace(size=2), flags=["--sync-bn"])
+    norms = [m for m in synced.wrapped.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(type(norm) is torch.nn.SyncBatchNorm for norm in norms)
+    assert synced.wrapped is synced.model and set(synced.model.state_dict()) == set(plain.model.state_dict())
+    assert set(map(id, synced.optimizer.param_groups[0]["params"])) == set(map(id, synced.model.parameters()))
+
+
+def test_collectives_suit_the_device(capsys):
+    """NCCL between GPUs unless gloo is asked for; between CPUs gloo, whatever is asked for, and a line where that is NCCL."""
+    on_gpu = WORLD._replace(device=torch.device("cuda", 0))
+    assert [distributed.backend(asked, on_gpu) for asked in (None, "nccl", "gloo")] == ["nccl", "nccl", "gloo"]
+    assert [distributed.backend(asked, WORLD) for asked in (None, "gloo")] == ["gloo", "gloo"]
+    assert capsys.readouterr().err == ""
+    assert distributed.backend("nccl", WORLD) == "gloo" and "using gloo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [20, 23])
