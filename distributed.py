@@ -165,7 +165,7 @@ def relaunch(args, argv):
 def run(parse_args, main):
     """Run `main(args, world)` of a script: parse, launch, join, and turn a user's mistake into one line and status 2."""
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(143))  # nothing to save yet: as SIGTERM ends it
-    status = 0
+    status = None
     try:
         args = parse_args()
         if getattr(args, "multiprocessing_distributed", False) and "RANK" not in os.environ:
@@ -185,7 +185,7 @@ def run(parse_args, main):
             raise
         fail("another process of this run has ended", 1, wait=True)
     leave()
-    if status:
+    if status is not None:
         sys.exit(status)
 
 
