@@ -38,7 +38,7 @@ def parse_args(argv=None):
     ours, rest = parser.parse_known_args(argv)
     args = train_student_cifar.parse_args(rest)
     if args.val_split or args.warmup_epoch or args.accumulate > 1:
-        sys.exit("equal_results.py: the reference has no --val-split, --warmup-epoch or --accumulate")
+        raise utils.UserError("the reference has no --val-split, --warmup-epoch or --accumulate")
     args.seeds, args.json, args.student_flags = ours.seeds, ours.json, rest
     return args
 

@@ -323,6 +323,14 @@ def test_benchmark_of_equal_results(tmp_path):
         assert found[name][0]["speed"] > 0
 
 
+def test_benchmark_of_equal_results_refuses_what_the_reference_lacks():
+    """A schedule that only one of the two would follow is a mistake, told in one line."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "equal_results.py"), "--tcheckpoint", "T", "--warmup-epoch", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "equal_results.py: error: the reference has no --val-split, --warmup-epoch or --accumulate\n"
+
+
 @needs_gpu
 @pytest.mark.parametrize("method", ["hsakd", "dpcd"])
 def test_cuda_graphs_train_like_eager(tmp_path, method):
