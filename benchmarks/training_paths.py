@@ -52,7 +52,7 @@ class PublishedImages(Dataset):
     def __init__(self, image_set):
         self.images = image_set.images().permute(0, 2, 3, 1).numpy()
         self.labels = image_set.labels.tolist()
-        crop = [transforms.RandomCrop(image_set.size, padding=4), transforms.RandomHorizontalFlip()]
+        crop = [transforms.RandomCrop(image_set.size, padding=4), *[transforms.RandomHorizontalFlip()] * image_set.flip]
         self.transform = transforms.Compose([*crop, transforms.ToTensor(), transforms.Normalize(*image_set.statistics)])
 
     def __len__(self):

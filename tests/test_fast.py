@@ -335,7 +335,9 @@ def test_benchmark_of_equal_results_refuses_what_the_reference_lacks():
 @pytest.mark.parametrize("method", ["hsakd", "dpcd"])
 def test_cuda_graphs_train_like_eager(tmp_path, method):
     """On a GPU, three epochs of compiled steps give about the eager steps' losses."""
+    torch._dynamo.utils.counters.clear()
     runs = [trained(prepared(tmp_path, method, compiled=compiled, device="cuda")) for compiled in (False, True)]
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     assert runs[1].totals.means()["loss"] == pytest.approx(runs[0].totals.means()["loss"], rel=0.02)
 
 
