@@ -108,6 +108,18 @@ def digits(root, train):
     return in_memory(images, labels, found.target_names.astype(str), DIGITS_STATISTICS, flip=False).subset(indices)
 
 
+def files_below(folder):
+    """Yield the path of every file below `folder`, links followed, each folder once (a link may lead back to a parent)."""
+    visited = set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        yield from (Path(at) / file for file in files)
+
+
 def class_folders(folder):
     """Return the sorted class folders below `folder` and every image as (path, class number).
 
@@ -117,8 +129,7 @@ def class_folders(folder):
     found = os.scandir(folder) if folder.is_dir() else ()
     names, samples = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith(".")), []
     for number, name in enumerate(names):
-        files = (Path(at) / file for at, _, found in os.walk(folder / name, followlinks=True) for file in found)
-        images = [(str(file), number) for file in sorted(files) if file.suffix.lower() in EXTENSIONS]
+        images = [(str(file), number) for file in sorted(files_below(folder / name)) if file.suffix.lower() in EXTENSIONS]
         if not images:
             raise UserError(f"{folder / name}: a class folder without images ({', '.join(EXTENSIONS)})")
         samples += images

@@ -3,6 +3,7 @@
 import math
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -307,6 +308,15 @@ def test_image_folder(tmp_path, test):
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
     with Image.open(tmp_path / "train" / "dog" / "0.png") as file:
         assert torch.equal(grey[0], torch.from_numpy(np.array(file))[2:18])
+
+
+def test_links_back_to_a_parent_folder(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name / "more").mkdir(parents=True)
+        (tmp_path / name / "more" / "1.png").touch()
+        for link in ("self", "again"):
+            (tmp_path / name / link).symlink_to(tmp_path / name)
+    assert [Path(path).relative_to(tmp_path).parts[0] for path, _ in datasets.class_folders(tmp_path)[1]] == ["cat", "dog"]
 
 
 def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
