@@ -8,10 +8,13 @@ import platform
 import random
 import re
 import warnings
+import zipfile
 from contextlib import suppress
 
 import numpy as np
 import torch
+
+import models
 
 # What a published checkpoint may hold beside tensors: numpy numbers (an accuracy) and the parsed arguments.
 SAFE_TYPES = [
@@ -56,6 +59,10 @@ def read_checkpoint(path):
     if not path or not os.path.isfile(path):
         raise UserError(f"{path} is a folder, not a file" if path and os.path.isdir(path) else f"no such file: {path}")
     try:
+        damaged = None
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch reads without comparing checksums
         with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -63,6 +70,8 @@ def read_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint that loads safely ({first_line(error)})") from None
     except Exception as error:  # damaged files make the unpickler fail in a dozen ways
         raise UserError(f"{path}: corrupt or not a checkpoint ({first_line(error)})") from None
+    if damaged:
+        raise UserError(f"{path}: corrupt (the checksum of {damaged} does not fit)")
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -100,10 +109,14 @@ def load_weights(model, path, net=1):
 
     Layouts: ours and the authors' `{'net': ...}`, `{'state_dict': ...}`, `{'model': ...}`, a bare state dict, with or
     without `module.` prefixes. A backbone takes its part of an auxiliary network's weights, and a single network that
-    of one network (`net`, 1 or 2) of a mutual pair. Raises UserError naming the first keys that do not fit.
+    of one network (`net`, 1 or 2) of a mutual pair. Raises UserError naming the first keys that do not fit, and where
+    the file says that the weights are another architecture's.
     """
     content = read_checkpoint(path)
-    state = part_of(state_dict_of(content, path), model.state_dict().keys(), net)
+    state = state_dict_of(content, path)
+    if net > 1 and not any(key.startswith(f"net{net}.") for key in state):
+        raise UserError(f"{path}: --net {net}: these weights are not a mutual pair's")
+    state = part_of(state, model.state_dict().keys(), net)
     expected = model.state_dict()
     wrong = [k for k, v in state.items() if k in expected and v.shape != expected[k].shape]
     # Files older than PyTorch 0.4.1 (torchvision's ResNets) do not count batches.
@@ -114,8 +127,17 @@ def load_weights(model, path, net=1):
         parts = [("wrong shape", shapes), ("missing", missing), ("unexpected", unexpected)]
         told = "; ".join(f"{what}: {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for what, keys in parts if keys)
         raise UserError(f"{path}: weights do not fit {type(model).__name__}: {told}")
+    check_arch(model, content, path)
     model.load_state_dict({**{k: v for k, v in expected.items() if k not in state}, **state}, strict=True)
     return content
+
+
+def check_arch(model, content, path):
+    """Raise UserError where the file names another backbone than the model's: mobilenetV2's weights fit mobilenetV2_s2."""
+    with suppress(AttributeError, TypeError, ValueError):  # a model made by hand, a name unknown here
+        theirs, ours = models.backbone_name(content.get("arch")), models.backbone_name(model.arch)
+        if theirs != ours:
+            raise UserError(f"{path}: weights of {theirs}, not of {ours}")
 
 
 def digest(state):

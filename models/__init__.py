@@ -94,9 +94,13 @@ def create(name: str, num_classes: int, rotations: int = 4) -> nn.Module:
     """
     if is_pair(name):
         member = member_name(name)
-        return MutualPair(create(member, num_classes, rotations), create(member, num_classes, rotations))
-    backbone = _BACKBONES[backbone_name(name)](num_classes=num_classes)
-    return AuxiliaryNet(backbone, num_classes, rotations) if is_aux(name) else backbone
+        network = MutualPair(create(member, num_classes, rotations), create(member, num_classes, rotations))
+    else:
+        network = _BACKBONES[backbone_name(name)](num_classes=num_classes)
+        if is_aux(name):
+            network = AuxiliaryNet(network, num_classes, rotations)
+    network.arch = name
+    return network
 
 
 def _pair_backbone(name: str) -> str | None:

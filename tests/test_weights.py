@@ -224,6 +224,36 @@ def test_a_refused_file_leaves_the_network_as_it_was(tmp_path):
     assert_same(network.state_dict(), before)
 
 
+def test_weights_of_the_twin_with_another_stride(tmp_path):
+    """The keys and shapes of mobilenetV2 and mobilenetV2_s2 are equal, what they compute is not."""
+    state = numbered_state(on_meta("mobilenetV2_s2_aux"))
+    torch.save({"net": state, "arch": "mobilenetV2_s2_aux"}, tmp_path / "w.pth")
+    for name in ("mobilenetV2", "mobilenetV2_aux"):
+        said = refused(tmp_path / "w.pth", models.create(name, 100))
+        assert "weights of mobilenetV2_s2, not of mobilenetV2" in said
+    for name in ("mobilenetV2_s2", "mobilenetV2_s2_aux"):
+        utils.load_weights(models.create(name, 100), tmp_path / "w.pth")
+    torch.save({"net": state, "arch": "a name of another project"}, tmp_path / "w.pth")
+    utils.load_weights(models.create("mobilenetV2_aux", 100), tmp_path / "w.pth")
+
+
+def test_second_network_of_no_pair(tmp_path):
+    torch.save(models.create("resnet8_aux", 10).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(utils.UserError, match="--net 2: these weights are not a mutual pair's"):
+        utils.load_weights(models.create("resnet8_aux", 10), tmp_path / "w.pth", net=2)
+
+
+def test_a_flipped_bit_is_told(tmp_path):
+    """Reading alone would hand out the changed weight."""
+    state = models.create("resnet8", 10).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    at = content.find(state["fc.weight"].numpy().tobytes())
+    content[at + 2] ^= 1
+    (tmp_path / "w.pth").write_bytes(content)
+    assert "corrupt (the checksum of" in refused(tmp_path / "w.pth", models.create("resnet8", 10))
+
+
 def test_missing_file(tmp_path):
     assert "no such file" in refused(tmp_path / "a.pth")
     assert "is a folder, not a file" in refused(tmp_path)
