@@ -1,6 +1,7 @@
 """One process or many, by PyTorch's own launcher: the world of a run, its collectives and its entry point."""
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -49,6 +50,7 @@ def pick_device(gpu_id, local_rank):
 
 def setup(args):
     """Join the process group that the environment describes (torchrun's variables) and return the World."""
+    check_environment(args)
     size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     device = pick_device(args.gpu_id, int(os.environ.get("LOCAL_RANK", 0)))
     rank = int(os.environ.get("RANK", 0))
@@ -63,6 +65,21 @@ def setup(args):
         chosen = backend(getattr(args, "dist_backend", None), world)
         join(chosen, device if chosen == "nccl" else None)
     return world
+
+
+def check_environment(args):
+    """Raise UserError where flags or environment describe only part of a group; end with the launcher of a group."""
+    if "RANK" not in os.environ:
+        if getattr(args, "world_size", 1) > 1 or getattr(args, "rank", 0):
+            raise UserError("--world-size and --rank need --multiprocessing-distributed")
+        return
+    for name, default in (("RANK", ""), ("WORLD_SIZE", ""), ("LOCAL_RANK", "0"), ("MASTER_ADDR", ""), ("MASTER_PORT", "")):
+        told = os.environ.get(name, default)
+        if not (told if name == "MASTER_ADDR" else told.isdecimal()):
+            raise UserError(f"RANK is set, so this is one process of several, but {name} is {told!r}: start it by torchrun")
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1  # prctl.h: a launcher that was killed could not end its processes
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def restarts():
@@ -129,6 +146,10 @@ def relaunch(args, argv):
         usable = address.scheme == "tcp" and address.hostname and address.port
     if not usable:
         raise UserError(f"--dist-url {args.dist_url}: expected tcp://HOST:PORT")
+    try:
+        socket.getaddrinfo(address.hostname, address.port)
+    except OSError as error:
+        raise UserError(f"--dist-url {args.dist_url}: {address.hostname}: {error.strerror}") from None
     processes = gpu_count(args.gpu_id)
     if not args.gpu_id and torch.cuda.is_available():
         processes = torch.cuda.device_count()

@@ -164,9 +164,10 @@ def peak_memory(device):
 def summary(record, epochs):
     """Return an epoch's line: loss, accuracies, speed and time left."""
     left = int((epochs - record["epoch"]) * record["seconds"])
+    speed = f"{record['images_per_second']:.0f} images/s, " if record["images_per_second"] else ""
     accuracies = ", ".join(f"{k} {v:.2f}" for k, v in record.items() if k.endswith("top1"))
     return (
         f"epoch {record['epoch']}/{epochs}: loss {record['train/loss']:.4f}, {accuracies}, "
-        f"{record['images_per_second']:.0f} images/s, {record['peak_memory_mb']:.0f} MiB, "
+        f"{speed}{record['peak_memory_mb']:.0f} MiB, "
         f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
     )

@@ -90,8 +90,11 @@ class RunFolder:
         if not self.last.exists() and max(len(read_log(self.log)), self.best_epoch()) > 1:
             raise utils.UserError(f"--resume: {self.last} is missing: put it back, or {self.recovery()}")
         if not self.last.exists() and self.best.exists():  # killed between the two: they are equal after the first epoch
-            shutil.copyfile(self.best, temporary := f"{self.last}.tmp")
-            os.replace(temporary, self.last)
+            try:
+                shutil.copyfile(self.best, temporary := f"{self.last}.tmp")
+                os.replace(temporary, self.last)
+            except OSError as error:
+                raise utils.UserError(f"cannot write {self.last}: {error.strerror}") from None
 
     def best_epoch(self):
         """Return the epoch of the best checkpoint, 0 where there is none."""
@@ -167,7 +170,10 @@ class RunLog:
         self.path = folder.log
         kept = [entry for entry in read_log(self.path) if entry["epoch"] <= epochs_done]
         write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self.events = SummaryWriter(str(folder.path), purge_step=epochs_done + 1)
+        try:
+            self.events = SummaryWriter(str(folder.path), purge_step=epochs_done + 1)
+        except OSError as error:
+            raise utils.UserError(f"cannot write TensorBoard's events in {folder.path}: {error.strerror}") from None
 
     def write(self, record):
         """Append one epoch's flat record; a number that is not finite becomes null, which every JSON reader knows."""

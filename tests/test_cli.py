@@ -22,6 +22,8 @@ import utils
 
 SCRIPTS = (*TRAINING, "test_model")
 ROOT = Path(__file__).parents[1]
+# What torchrun sets for the first of two processes.
+ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "2222"}
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +84,13 @@ def flags_read(script, argv, monkeypatch):
         if "dist_url" in plain:
             patch.setattr("torch.distributed.run.main", lambda argv: None)
             patch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
-            patch.setenv("RANK", "0")
-            patch.setenv("WORLD_SIZE", "2")
+            for name, value in ENVIRONMENT.items():
+                patch.setenv(name, value)
             patch.setattr(distributed.logging, "disable", lambda level: None)
             patch.setenv("OMP_NUM_THREADS", "1")
             distributed.setup(args)
-            patch.delenv("RANK")
-            patch.delenv("WORLD_SIZE")
+            for name in ENVIRONMENT:
+                patch.delenv(name)
             distributed.run(lambda: args, lambda *_: None)
             args.multiprocessing_distributed = True
             with pytest.raises(SystemExit):

@@ -1,5 +1,6 @@
 """Several processes on the CPU: gradients, metrics, launchers, preemption and the death of a process."""
 
+import fcntl
 import json
 import os
 import signal
@@ -290,6 +291,50 @@ def test_a_killed_rank_ends_all_and_the_run_resumes(tmp_path):
     assert time.monotonic() - began < 60 and killed.returncode == 1 and "process 1 ended with status -9" in told
     run("train_baseline_cifar", *command[1:], "--resume")
     assert len((tmp_path / FOLDER / "log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells a process of its parent's end")
+def test_processes_of_a_killed_launcher_save_and_end(tmp_path):
+    command = baseline(tmp_path, "--epochs", 50, "--milestones", 40, "--batch-size", 16)
+    killed = launch(published(command))
+    wait_for(killed, "epoch 1/50")
+    killed.kill()
+    killed.communicate(timeout=60)  # ends when its processes, which share its output, have ended
+    assert (tmp_path / FOLDER / "log.jsonl").read_text().count("\n") < 50
+    with open(tmp_path / FOLDER / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError where a process holds it
+    order = utils.read_checkpoint(tmp_path / FOLDER / "resnet8.pth.tar")["order"]
+    assert order["step"] > 0 and order["epoch"] >= 1
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"RANK": "0"}, "RANK is set, so this is one process of several, but WORLD_SIZE is ''"),
+        ({"RANK": "x"}, "but RANK is 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "but MASTER_ADDR is ''"),
+    ],
+)
+def test_an_environment_that_describes_no_group(changed, said, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in changed.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(utils.UserError, match=said):
+        distributed.setup(SimpleNamespace(gpu_id=None))
+
+
+@pytest.mark.parametrize("flags", [("--world-size", "2"), ("--rank", "1")])
+def test_published_flags_without_the_one_that_starts_them(flags):
+    args = train_teacher_cifar.parse_args(["--arch", "resnet8_aux", "--dataset", "digits", *flags])
+    with pytest.raises(utils.UserError, match="need --multiprocessing-distributed"):
+        distributed.setup(args)
+
+
+def test_an_unknown_host_is_one_line():
+    args = SimpleNamespace(rank=0, world_size=1, dist_url="tcp://nowhere.invalid:2222", gpu_id="0,1")
+    with pytest.raises(utils.UserError, match="--dist-url tcp://nowhere.invalid:2222: nowhere.invalid: "):
+        distributed.relaunch(args, ["train.py"])
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(tmp_path):

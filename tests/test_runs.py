@@ -1,6 +1,7 @@
 """Runs: interrupted and resumed to the bit, folders that are never overwritten, best and last, logs."""
 
 import argparse
+import errno
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from scripts import QUICK, QUICK_RUN, log_lines, run, save_teacher, status
 
+import distributed
 import engine
 import losses
 import models
@@ -113,7 +115,7 @@ def test_killed_run_resumes_to_the_bit(number, whole_teacher, tmp_path):
         assert process.returncode == 143 and "go on with --resume" in output
         assert stopped_at["epoch"] in (1, 2) and stopped_at["step"] > 0
     else:
-        assert process.returncode == -signal.SIGKILL and stopped_at["epoch"] in (1, 2)
+        assert process.returncode == -signal.SIGKILL and stopped_at["epoch"] in (0, 1, 2)
     run("train_teacher_cifar", *argv, "--resume")
     assert_same_run(folder, whole_teacher)
 
@@ -368,6 +370,42 @@ def test_best_and_last(tmp_path, monkeypatch, capsys):
     assert (checkpoint(folder)["epoch"], checkpoint(folder)["acc"], checkpoint(folder)["best"]["acc"]) == (3, 20.0, 30.0)
     assert [line["best/top1"] for line in log_lines(folder)] == [10.0, 30.0, 30.0]
     assert not same(best["net"], checkpoint(folder)["net"])
+
+
+def test_an_epoch_is_saved_before_its_test(tmp_path):
+    """A launcher or scheduler may not wait for a long test: the resumed run makes up for the test alone."""
+    command = ["--arch", "resnet8", "--dataset", "digits", "--epochs", 1, "--milestones", 1, "--limit-batches", 2]
+    command += ["--checkpoint-dir", tmp_path]
+    with mock.patch.object(engine, "evaluate", side_effect=KeyboardInterrupt):
+        assert status("train_baseline_cifar", *command) == 130
+    run("train_baseline_cifar", *command, "--resume")
+    (entry,) = [json.loads(line) for line in next(tmp_path.glob("*/log.jsonl")).read_text().splitlines()]
+    assert entry["images_per_second"] is None and entry["test/top1"] >= 0 and entry["train/loss"] > 0
+
+
+def test_full_disk_at_the_first_checkpoints_copy(tmp_path, monkeypatch):
+    folder = runs.RunFolder("s", argparse.Namespace(checkpoint_dir=str(tmp_path), arch="a", dataset="d", manual_seed=0, tag=""))
+    folder.path.mkdir()
+    utils.save_checkpoint({"epoch": 1}, folder.best)
+    folder.write_settings()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(utils.UserError, match="cannot write .*: No space left on device"):
+        folder.claim(resume=True)
+
+
+def test_processes_that_do_not_see_one_checkpoint(tmp_path, monkeypatch, capsys):
+    """Some would begin anew and the others go on, in one training."""
+    gather = distributed.gather_objects
+    monkeypatch.setattr(
+        distributed, "gather_objects", lambda value: [True, False] if isinstance(value, bool) else gather(value)
+    )
+    command = ["--arch", "resnet8", "--dataset", "digits", "--epochs", 1, "--milestones", 1, "--checkpoint-dir", tmp_path]
+    assert status("train_baseline_cifar", *command, "--resume") == 2
+    assert "is not there for every process" in capsys.readouterr().err
 
 
 def test_held_out_images_select(tmp_path, monkeypatch, capsys):
