@@ -51,9 +51,8 @@ def pick_device(gpu_id, local_rank):
 def setup(args):
     """Join the process group that the environment describes (torchrun's variables) and return the World."""
     check_environment(args)
-    size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
     device = pick_device(args.gpu_id, int(os.environ.get("LOCAL_RANK", 0)))
-    rank = int(os.environ.get("RANK", 0))
     world = World(rank, size, device)
     if world.is_main and device.type == "cpu":
         print("no GPU found: running on the CPU", file=sys.stderr, flush=True)
@@ -61,6 +60,8 @@ def setup(args):
         raise UserError(f"--gpu-id {args.gpu_id}: one process uses one GPU; several train with --multiprocessing-distributed")
     if device.type == "cpu" and size > 1 and getattr(args, "sync_bn", False):
         raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher()
     if "RANK" in os.environ and not dist.is_initialized():
         chosen = backend(getattr(args, "dist_backend", None), world)
         join(chosen, device if chosen == "nccl" else None)
@@ -68,7 +69,7 @@ def setup(args):
 
 
 def check_environment(args):
-    """Raise UserError where flags or environment describe only part of a group; end with the launcher of a group."""
+    """Raise UserError where flags or environment describe only part of a process group."""
     if "RANK" not in os.environ:
         if getattr(args, "world_size", 1) > 1 or getattr(args, "rank", 0):
             raise UserError("--world-size and --rank need --multiprocessing-distributed")
@@ -77,8 +78,12 @@ def check_environment(args):
         told = os.environ.get(name, default)
         if not (told if name == "MASTER_ADDR" else told.isdecimal()):
             raise UserError(f"RANK is set, so this is one process of several, but {name} is {told!r}: start it by torchrun")
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        pr_set_pdeathsig = 1  # prctl.h: a launcher that was killed could not end its processes
+
+
+def end_with_launcher():
+    """Get SIGTERM, on Linux, when the launcher ends: one that is killed cannot end its processes itself."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 

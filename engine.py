@@ -197,16 +197,15 @@ def start(run):
     if run.world.is_main:
         run.folder.claim(args.resume, distributed.launch())
     distributed.barrier()
-    seen = distributed.gather_objects(run.folder.last.exists())
-    if args.resume and any(seen):
-        if not all(seen):
-            raise utils.UserError(f"--resume: {run.folder.last} is not there for every process: they need one --checkpoint-dir")
+    if args.resume and run.folder.last.exists():
         runs.restore(run)
         say(run, f"resuming at epoch {run.epoch + 1}, step {run.step_in_epoch}")
     else:
         if args.resume:
             say(run, f"--resume: no checkpoint in {run.folder.path} yet, starting from the beginning")
         run.prepare()
+    if len(set(distributed.gather_objects((run.epoch, run.step_in_epoch)))) > 1:
+        raise utils.UserError(f"--resume: not every process finds the same {run.folder.last}: they need one --checkpoint-dir")
     if run.world.is_main:
         run.folder.write_settings()
 
@@ -259,10 +258,10 @@ def one_epoch(run, epoch, stop):
     """Train and test one epoch and return its flat record."""
     began, seen_before = time.perf_counter(), run.totals.count.item()
     run.train_epoch(epoch, stop)
-    run.save()  # the test may take longer than a launcher or a scheduler waits after a signal
     images = (run.totals.count.item() - seen_before) * run.world.size  # read here, it waits for the device as well
     seconds = time.perf_counter() - began
     trained = {f"train/{name}": value for name, value in run.totals.means().items()}
+    run.save()  # the test may take longer than a launcher or a scheduler waits after a signal
     run.totals, run.step_in_epoch, run.epoch = Totals(run.world.device), 0, epoch + 1
     record = {"epoch": epoch + 1, "lr": run.optimizer.param_groups[0]["lr"], **trained, **run.test(epoch)}
     run.last_accuracy = record["test/top1"]

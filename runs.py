@@ -4,7 +4,6 @@ import fcntl
 import json
 import math
 import os
-import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -86,19 +85,8 @@ class RunFolder:
         if not resume:
             raise utils.UserError(f"{self.path} already holds a run: continue it with --resume or name this one with --tag")
         self.check_settings(self.written_settings())
-        # A run killed before its first checkpoint has logged one epoch at most, and starts again.
-        if not self.last.exists() and max(len(read_log(self.log)), self.best_epoch()) > 1:
+        if not self.last.exists():  # it is written before the best one and the log
             raise utils.UserError(f"--resume: {self.last} is missing: put it back, or {self.recovery()}")
-        if not self.last.exists() and self.best.exists():  # killed between the two: they are equal after the first epoch
-            try:
-                shutil.copyfile(self.best, temporary := f"{self.last}.tmp")
-                os.replace(temporary, self.last)
-            except OSError as error:
-                raise utils.UserError(f"cannot write {self.last}: {error.strerror}") from None
-
-    def best_epoch(self):
-        """Return the epoch of the best checkpoint, 0 where there is none."""
-        return utils.read_checkpoint(self.best).get("epoch", 0) if self.best.exists() else 0
 
     def recovery(self):
         """Return what to do without a last checkpoint that can be read."""

@@ -221,6 +221,18 @@ def test_two_machines_give_the_same_weights(finished, tmp_path, style):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_machines_that_do_not_see_one_checkpoint(tmp_path):
+    """The second would begin anew while the first goes on, in one training."""
+    at = [tmp_path / "first", tmp_path / "second"]
+    run("train_baseline_cifar", *baseline(at[0], "--epochs", 1, "--milestones", 1, "--limit-batches", 2)[1:])
+    port, flags = free_port(), ("--epochs", 2, "--milestones", 1, "--limit-batches", 2, "--resume")
+    launchers = [launch(on_machine(rank, port, "published", baseline(at[rank], *flags))) for rank in (0, 1)]
+    told = "".join(launcher.communicate(timeout=100)[1] for launcher in launchers)
+    assert [launcher.returncode for launcher in launchers] == [2, 2]
+    assert "not every process finds the same" in told
+    assert utils.read_checkpoint(at[0] / FOLDER / "resnet8.pth.tar")["epoch"] == 1
+
+
 def test_a_mistake_is_one_line_and_status_2(finished):
     done = launch(published(finished[1]))
     told = done.communicate(timeout=100)[1].splitlines()

@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from scripts import QUICK, QUICK_RUN, log_lines, run, save_teacher, status
 
-import distributed
 import engine
 import losses
 import models
@@ -251,21 +250,28 @@ def test_missing_last_checkpoint_does_not_start_over(tmp_path, capsys, whole_tea
     assert same(torch.load(last, weights_only=True)["net"], torch.load(io.BytesIO(kept), weights_only=True)["net"])
     last.unlink()
     (folder / "log.jsonl").write_text((folder / "log.jsonl").read_text().splitlines()[0])
-    assert "is missing" in refused(capsys, *argv)  # the best checkpoint tells that there was more than one epoch
     best.unlink()
+    assert "is missing: put it back, or start anew with --tag" in refused(capsys, *argv)
+    (folder / "log.jsonl").unlink()
     run("train_teacher_cifar", *argv, "--resume")
     assert log_lines(folder) == log_lines(whole_teacher)
     assert same(torch.load(last, weights_only=True)["net"], torch.load(io.BytesIO(kept), weights_only=True)["net"])
 
 
-def test_killed_between_the_first_best_and_last_checkpoint(tmp_path, capsys):
-    argv = [*QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
-    run("train_teacher_cifar", *argv)
-    last, best = ((tmp_path / TEACHER_RUN / f"resnet8_aux{which}.pth.tar") for which in ("", "_best"))
-    kept = best.read_bytes()
-    last.unlink()
+def test_killed_between_the_first_best_and_last_checkpoint(tmp_path, whole_teacher):
+    argv, save, saved = [*TEACHER, "--checkpoint-dir", tmp_path], utils.save_checkpoint, []
+
+    def killed(content, path):
+        save(content, path)
+        saved.append(path.name)
+        if path.name.endswith("_best.pth.tar"):
+            raise KeyboardInterrupt
+
+    with mock.patch.object(utils, "save_checkpoint", killed):
+        assert status("train_teacher_cifar", *argv) == 130
+    assert saved == ["resnet8_aux.pth.tar", "resnet8_aux_best.pth.tar"]
     run("train_teacher_cifar", *argv, "--resume")
-    assert best.read_bytes() == last.read_bytes() == kept and "resuming at epoch 2" in capsys.readouterr().out
+    assert_same_run(tmp_path / TEACHER_RUN, whole_teacher)
 
 
 def test_float16_diverges_by_its_loss(tmp_path, capsys):
@@ -383,29 +389,13 @@ def test_an_epoch_is_saved_before_its_test(tmp_path):
     assert entry["images_per_second"] is None and entry["test/top1"] >= 0 and entry["train/loss"] > 0
 
 
-def test_full_disk_at_the_first_checkpoints_copy(tmp_path, monkeypatch):
-    folder = runs.RunFolder("s", argparse.Namespace(checkpoint_dir=str(tmp_path), arch="a", dataset="d", manual_seed=0, tag=""))
-    folder.path.mkdir()
-    utils.save_checkpoint({"epoch": 1}, folder.best)
-    folder.write_settings()
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(utils.UserError, match="cannot write .*: No space left on device"):
-        folder.claim(resume=True)
-
-
-def test_processes_that_do_not_see_one_checkpoint(tmp_path, monkeypatch, capsys):
-    """Some would begin anew and the others go on, in one training."""
-    gather = distributed.gather_objects
-    monkeypatch.setattr(
-        distributed, "gather_objects", lambda value: [True, False] if isinstance(value, bool) else gather(value)
-    )
-    command = ["--arch", "resnet8", "--dataset", "digits", "--epochs", 1, "--milestones", 1, "--checkpoint-dir", tmp_path]
-    assert status("train_baseline_cifar", *command, "--resume") == 2
-    assert "is not there for every process" in capsys.readouterr().err
+def test_full_disk_at_tensorboards_file(tmp_path, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    argv = [*QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    with mock.patch("torch.utils.tensorboard.SummaryWriter", side_effect=full):
+        assert status("train_teacher_cifar", *argv) == 2
+    assert "cannot write TensorBoard's events" in capsys.readouterr().err
+    run("train_teacher_cifar", *argv)
 
 
 def test_held_out_images_select(tmp_path, monkeypatch, capsys):
