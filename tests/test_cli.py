@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import scripts
+import step
 import torch
 from scripts import QUICK, QUICK_RUN, TRAINING, WORLD, own_signal_handlers, save_teacher, status
 
@@ -390,19 +391,7 @@ def test_no_gpu_at_all_is_told(monkeypatch, capsys):
     assert capsys.readouterr().err == "no GPU found: running on the CPU\n"
 
 
-PAIRS = [
-    ("wrn_40_2_aux", "wrn_16_2_aux"),
-    ("wrn_40_2_aux", "wrn_40_1_aux"),
-    ("resnet56_aux", "resnet20_aux"),
-    ("resnet32x4_aux", "resnet8x4_aux"),
-    ("vgg13_bn_aux", "mobilenetV2_aux"),
-    ("ResNet50_aux", "mobilenetV2_aux"),
-    ("wrn_40_2_aux", "ShuffleV1_aux"),
-    ("resnet32x4_aux", "ShuffleV2_aux"),
-]
-
-
-@pytest.mark.parametrize(("tarch", "arch"), PAIRS)
+@pytest.mark.parametrize(("tarch", "arch"), step.PAIRS)
 def test_published_pairs_take_a_step(tarch, arch, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(methods, "load_teacher", lambda args: (models.create(args.tarch, 100), 100))

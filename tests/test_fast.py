@@ -10,7 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import step
 import torch
+import torchvision
+import training_paths
 from contract import filled_network
 from scripts import QUICK, save_teacher
 from torch import nn
@@ -22,6 +25,7 @@ import engine
 import fast
 import losses
 import models
+import precision
 from distributed import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -321,6 +325,31 @@ def test_benchmark_of_equal_results(tmp_path):
         assert f"| {name} | {found[name][0]['top1']:.2f} |" in printed
         assert 0 <= found[name][0]["top1"] <= 100
         assert found[name][0]["speed"] > 0
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_reference_mirrors_what_this_project_mirrors(flip):
+    """Digits are not mirrored: a mirrored one is another class."""
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    made = datasets.in_memory(images, torch.zeros(1, dtype=torch.long), range(2), datasets.CIFAR100_STATISTICS, flip=flip)
+    layers = training_paths.PublishedImages(made).transform.transforms
+    assert any(isinstance(layer, torchvision.transforms.RandomHorizontalFlip) for layer in layers) == flip
+
+
+@pytest.mark.parametrize("flag", ["--all", "--compile"])
+def test_scaling_refuses_what_it_would_leave_out(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        step.parse_args(["--scaling", flag])
+    assert stop.value.code == 2 and "no --all or --compile" in capsys.readouterr().err
+
+
+def test_the_precision_probe_leaves_the_threads_as_they_were():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert precision.cpu_bfloat16_gain(rounds=1) > 0 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_benchmark_of_equal_results_refuses_what_the_reference_lacks():

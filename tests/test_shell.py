@@ -20,19 +20,29 @@ STUB = '#!/bin/sh\nfor word; do printf "%s\\t" "$word"; done\necho\n'
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """Return {.sh file: [parsed arguments of a line]}; a `python` that prints its arguments stands in for the real one."""
-    folder = tmp_path_factory.mktemp("bin")
+    """Return `lines_of` the files called without flags."""
+    return lines_of(tmp_path_factory.mktemp("bin"))
+
+
+def lines_of(folder, *flags):
+    """Return {.sh file: [parsed arguments of a line]} of the files called with `flags`; `folder` gets a stand-in for python."""
     for name in ("python", "python3"):
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)
     known = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder)}
     found = {}
     for name in SCRIPTS:
-        done = subprocess.run(["bash", ROOT / name], capture_output=True, text=True, env=known, check=True)
+        done = subprocess.run(["bash", ROOT / name, *flags], capture_output=True, text=True, env=known, check=True)
         lines = [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
         assert lines and not done.stderr
         found[name] = [parse(script, argv) for script, *argv in lines]
     return found
+
+
+def test_flags_go_to_every_line(commands, tmp_path):
+    for name, lines in lines_of(tmp_path, "--resume").items():
+        if name != "test_model.sh":
+            assert len(lines) == len(commands[name]) and all(args.resume for args in lines), name
 
 
 @functools.cache
