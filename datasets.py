@@ -19,8 +19,8 @@ CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STL10_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 DIGITS_STATISTICS = ((0.3054,) * 3, (0.3237,) * 3)
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
-LARGEST_IN_MEMORY = 96
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # torchvision's, and GIF
+SMALLEST, LARGEST_IN_MEMORY = 8, 96  # pixels a side
 
 
 @dataclass
@@ -86,7 +86,8 @@ def from_torchvision(kind, root, train):
         found = maker(root, train=train, download=not folder.is_dir())
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         place = {"stl10": "stl10_binary", "cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}[kind]
-        raise UserError(f"{kind}: unpack its archive so that {Path(root) / place} exists ({first_line(error)})") from None
+        told, *_ = first_line(error).partition(" You can use download")  # torchvision's advice is no flag here
+        raise UserError(f"{kind}: unpack its archive so that {Path(root) / place} exists ({told})") from None
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     statistics = CIFAR100_STATISTICS if kind == "cifar100" else CIFAR10_STATISTICS
     return in_memory(images, found.targets, found.classes, statistics)
@@ -109,7 +110,10 @@ def digits(root, train):
 
 
 def files_below(folder):
-    """Yield the path of every file below `folder`, links followed, each folder once (a link may lead back to a parent)."""
+    """Yield the path of every file below `folder`, links followed, each folder once (a link may lead back to a parent).
+
+    What is hidden is left out, such as the `._1.png` that macOS leaves beside 1.png in an archive.
+    """
     visited = set()
     for at, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(at)
@@ -117,7 +121,8 @@ def files_below(folder):
             folders.clear()
             continue
         visited.add(real)
-        yield from (Path(at) / file for file in files)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(at) / file for file in files if not file.startswith("."))
 
 
 def class_folders(folder):
@@ -179,6 +184,8 @@ def image_folder(folders, train, workers, statistics, size=None):
     if not samples or not (train or os.path.isdir(test)):
         raise UserError(f"no images: put them at {folders[0]}/<class>/* and {test}/<class>/*")
     size = size or image_size([path for path, _ in samples])
+    if size < SMALLEST:
+        raise UserError(f"{folders[0]}: images of {size} pixels a side; the networks need {SMALLEST} or more")
     if not train and not alone:
         test_names, samples = class_folders(test)
         if test_names != names:

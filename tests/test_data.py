@@ -319,6 +319,24 @@ def test_links_back_to_a_parent_folder(tmp_path):
     assert [Path(path).relative_to(tmp_path).parts[0] for path, _ in datasets.class_folders(tmp_path)[1]] == ["cat", "dog"]
 
 
+def test_every_format_is_found_and_hidden_files_are_not(tmp_path):
+    """What torchvision's ImageFolder takes for an image, and GIF; not what macOS, Jupyter and the like leave behind."""
+    for suffix in ("png", "PNG", "pgm", "tif", "tiff", "gif", "webp"):
+        write_images(tmp_path / "cat" / suffix, [(16, 16)], "L", suffix)
+    write_images(tmp_path / "cat" / ".ipynb_checkpoints", [(16, 16)])
+    (tmp_path / "cat" / "png" / "._0.png").write_bytes(b"no image")
+    names, samples = datasets.class_folders(tmp_path)
+    assert names == ["cat"] and len(samples) == 7
+    assert all(datasets.decode(path).shape == (3, 16, 16) for path, _ in samples)
+
+
+def test_damaged_archives_folder_is_told_without_torchvisions_advice(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(UserError, match="cifar-10-batches-py exists .*corrupted") as error:
+        datasets.load("cifar10", str(tmp_path), True)
+    assert "download=True" not in str(error.value)
+
+
 def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
     """Also where torchvision's decoder, which ImageNet's pipeline tries first, hands it over."""
     shades = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
@@ -385,6 +403,11 @@ def break_first_image(root):
     (root / "train" / "cat" / "0.png").write_bytes(b"not an image")
 
 
+def break_by_size(root):
+    write_images(root / "train" / "cat", [(7, 9)])
+    write_images(root / "test" / "cat", [(7, 9)])
+
+
 def break_by_truncation(root):
     write_images(root / "train" / "cat", [(8, 8), (64, 64)])
     write_images(root / "test" / "cat", [(8, 8)])
@@ -416,6 +439,7 @@ def break_by_bad_chunk(root):
         (break_other_classes, "cat, dog"),
         (break_empty_test, "cat: a class folder without images"),
         (break_first_image, "0.png"),
+        (break_by_size, "7 pixels a side; the networks need 8"),
         (break_by_truncation, "1.png"),
         (break_by_empty_file, "1.png"),
         (break_by_bad_chunk, "1.png"),
