@@ -1,8 +1,6 @@
 """Batches of images that live on the training device: order and normalisation as tensor operations."""
 
-import hashlib
 import importlib
-import json
 import math
 from typing import NamedTuple
 
@@ -12,7 +10,7 @@ import torch
 import datasets
 import distributed
 from augment import CropFlip, resized
-from utils import UserError
+from utils import UserError, class_digest
 
 # Data sets too large for memory, and the module that reads their batches from files.
 READERS = {"imagenet": "imagefiles"}
@@ -102,7 +100,7 @@ class TestBatches:
     __test__ = False
 
     def __init__(self, image_set, batch_size, world, limit=None):
-        self.num_classes, self.size = len(image_set.classes), image_set.size
+        self.classes, self.size = image_set.classes, image_set.size
         count = min(len(image_set), limit * batch_size) if limit else len(image_set)
         if count < world.size:
             raise UserError(f"fewer test images ({count}) than processes ({world.size})")
@@ -159,8 +157,8 @@ def load(args, world, augmentation=crop_flip, test_size=None):
 
 def about(train_set, size):
     """Return a text that tells training sets apart: their images' number and size, and their classes."""
-    names = hashlib.sha256(json.dumps(train_set.classes).encode()).hexdigest()[:8]
-    return f"{len(train_set)} images, {size} pixels, {len(train_set.classes)} classes (digest {names})"
+    names = train_set.classes
+    return f"{len(train_set)} images, {size} pixels, {len(names)} classes (digest {class_digest(names)})"
 
 
 def split(train_set, args, world):

@@ -254,7 +254,7 @@ class TestBatches(FileBatches):
     def __init__(self, files, args, world):
         transform = v2.Compose([v2.Resize(TEST_RESIZE, antialias=True), v2.CenterCrop(SIZE)])
         super().__init__(files, transform, args, world, fill=False)
-        self.num_classes, self.size = len(files.classes), SIZE
+        self.classes, self.size = files.classes, SIZE
         size = max(args.batch_size // world.size, 1)
         count = min(len(files), self.limit * args.batch_size) if self.limit else len(files)
         if count < world.size:
@@ -285,7 +285,7 @@ def load(args, world):
     held_out = TestBatches(held_out, args, world) if held_out else None
     test = TestBatches(test_set, args, world)
     about = batches.about(train_set, SIZE)
-    return batches.Data(TrainBatches(train_set, args, world), held_out, test, test.num_classes, SIZE, about)
+    return batches.Data(TrainBatches(train_set, args, world), held_out, test, len(test.classes), SIZE, about)
 
 
 def load_test(args, world):

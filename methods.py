@@ -11,6 +11,9 @@ DPCD_BETA_RANGE_RESNET = (1.0, 4.0)
 # DKD's beta by the teacher's family, 8 for the others: its authors' CIFAR-100 settings, which DPCD's clamps enclose.
 DKD_BETA = {"wrn": 6.0, "vgg": 6.0, "resnet32x4": 8.0, "resnet8x4": 8.0, "resnet": 2.0}
 
+# DKD's constants for ImageNet, its authors' too.
+DKD_IMAGENET = {"kd_T": 1.0, "beta": 0.5, "loss_warmup": 1}
+
 METHODS = {
     "hsakd": {},
     "kd": {"ce_weight": 0.1, "kd_weight": 0.9},
@@ -38,7 +41,7 @@ def add_arguments(parser, tarch="wrn_40_2_aux"):
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", required=True, help="trained weights of the teacher")
     add("--method", choices=list(METHODS), default="hsakd")
-    add("--kd_T", type=options.above_zero, help="temperature; default 3 for hsakd and dpcd, 4 for kd and dkd")
+    add("--kd_T", type=options.above_zero, help="temperature; default 3 for hsakd and dpcd, 4 for kd and dkd (1 on ImageNet)")
     add("--ce-weight", type=number, help="kd: weight of the cross-entropy (0.1)")
     add("--kd-weight", type=number, help="kd: weight of the KL term (0.9)")
     add("--alpha", type=number, help="dkd: weight of the target term (1)")
@@ -61,7 +64,10 @@ def finish(parser, argv=None):
     for name in sorted(set().union(*METHODS.values()) - set(constants)):
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} has no part in --method {args.method}")
-    for name, default in {"kd_T": TEMPERATURE[args.method], **constants}.items():
+    defaults = {"kd_T": TEMPERATURE[args.method], **constants}
+    if args.method == "dkd" and models.is_imagenet(args.arch):
+        defaults |= DKD_IMAGENET
+    for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     for name in ("arch", "tarch"):
@@ -92,22 +98,26 @@ def by_family(table, name, default):
     return table[max(keys, key=len)] if keys else default
 
 
-def load_teacher(args):
-    """Return the teacher of `--tarch` with the weights of `--tcheckpoint`; its rotations are read off the weights."""
-    num_classes, rotations = utils.weights_layout(args.tcheckpoint)
-    teacher = models.create(args.tarch, num_classes, rotations or 4)
-    utils.load_weights(teacher, args.tcheckpoint)
+def load_teacher(args, classes):
+    """Return the teacher of `--tarch` of the data set's `classes`, with the weights of `--tcheckpoint`.
+
+    Its rotations are read off the weights. Raises UserError where they do not fit.
+    """
+    known, rotations = utils.weights_layout(args.tcheckpoint)
+    if known != len(classes):
+        raise utils.UserError(f"{args.tcheckpoint}: a teacher of {known} classes, but {args.dataset} has {len(classes)}")
+    teacher = models.create(args.tarch, known, rotations or 4)
+    content = utils.load_weights(teacher, args.tcheckpoint)
     if args.method == "hsakd" and rotations != 4:
         raise utils.UserError(f"{args.tcheckpoint}: its heads tell {rotations} rotation apart, hsakd needs 4")
-    return teacher, num_classes
+    utils.warn_of_other_classes(content, classes, args.tcheckpoint)
+    return teacher
 
 
-def create_pair(args, num_classes):
-    """Return (student, objective) of `--method` for a data set of `num_classes`; raise UserError where they do not fit."""
-    teacher, known = load_teacher(args)
-    if known != num_classes:
-        raise utils.UserError(f"{args.tcheckpoint}: a teacher of {known} classes, but {args.dataset} has {num_classes}")
-    student = models.create(args.arch, num_classes, 1 if args.method == "dpcd" else 4)
+def create_pair(args, classes):
+    """Return (student, objective) of `--method` for a data set of `classes`; raise UserError where they do not fit."""
+    teacher = load_teacher(args, classes)
+    student = models.create(args.arch, len(classes), 1 if args.method == "dpcd" else 4)
     if args.method != "hsakd":
         teacher = getattr(teacher, "backbone", teacher)  # these methods use its class logits alone
     if args.method == "kd":

@@ -6,9 +6,11 @@ Reads every layout that `utils.load_weights` knows. Rotations and number of clas
 """
 
 import json
+import math
 import os
 import time
 
+import numpy as np
 import torch
 
 import batches
@@ -47,10 +49,15 @@ def export_backbone(network, result, path):
 
 
 def recorded(content):
-    """Return the epoch and accuracy that a checkpoint's dict holds, whether as numbers or as tensors of one."""
-    found = {key: content.get(key) for key in ("epoch", "acc")}
-    plain = {key: value.item() if torch.is_tensor(value) and value.numel() == 1 else value for key, value in found.items()}
-    return {f"recorded_{key}": value for key, value in plain.items() if isinstance(value, (int, float))}
+    """Return the epoch and accuracy that a checkpoint's dict holds, whether as numbers or as arrays of one."""
+    found = {}
+    for key in ("epoch", "acc"):
+        value = content.get(key)
+        if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
+            value = value.item()
+        if isinstance(value, (int, float)):
+            found[f"recorded_{key}"] = value
+    return found
 
 
 def main(args, world):
@@ -60,8 +67,9 @@ def main(args, world):
     content = utils.load_weights(network, args.student_weights, args.net)
     network = network.to(world.device, memory_format=torch.channels_last).eval()
     images = batches.load_test(args, world, trained_size=content.get("size"))
-    if images.num_classes != num_classes:
-        raise utils.UserError(f"{args.student_weights}: {num_classes} classes, but {args.dataset} has {images.num_classes}")
+    if len(images.classes) != num_classes:
+        raise utils.UserError(f"{args.student_weights}: {num_classes} classes, but {args.dataset} has {len(images.classes)}")
+    utils.warn_of_other_classes(content, images.classes, args.student_weights)
     precision = resolve_precision(args.amp, world.device)
     tested = evaluate(network, images, world.device, precision, heads=True)  # first: it also warms the device up
     began = time.perf_counter()

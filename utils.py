@@ -2,11 +2,13 @@
 
 import argparse
 import hashlib
+import json
 import os
 import pickle
 import platform
 import random
 import re
+import sys
 import warnings
 import zipfile
 from contextlib import suppress
@@ -16,22 +18,29 @@ import torch
 
 import models
 
-# What a published checkpoint may hold beside tensors: numpy numbers (an accuracy) and the parsed arguments.
+# What a published checkpoint may hold beside tensors: numpy numbers and arrays (an accuracy) and the parsed arguments.
 SAFE_TYPES = [
     argparse.Namespace,
+    np.ndarray,
     np.dtype,
     type(np.dtype("float64")),
     type(np.dtype("float32")),
     type(np.dtype("int64")),
 ]
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    SAFE_TYPES.append((type(np.float64(0)).__reduce__(np.float64(0))[0], f"{_module}.scalar"))
+    for _name, _value in (("scalar", np.float64(0)), ("_reconstruct", np.zeros(1))):
+        SAFE_TYPES.append((_value.__reduce__()[0], f"{_module}.{_name}"))
 
 HEAD_WEIGHT = r"(fc\d?|linear|classifier)\.weight$"  # the last layer of every network here
 
 
 class UserError(Exception):
     """A mistake that the user can mend: shown as one line, exit status 2."""
+
+
+def is_first_process():
+    """Return whether no launcher has started this process or it is the launcher's first: known before it joins the others."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def seed_all(seed):
@@ -138,6 +147,19 @@ def check_arch(model, content, path):
         theirs, ours = models.backbone_name(content.get("arch")), models.backbone_name(model.arch)
         if theirs != ours:
             raise UserError(f"{path}: weights of {theirs}, not of {ours}")
+
+
+def class_digest(classes):
+    """Return a short text that tells lists of class names apart."""
+    return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()[:8]
+
+
+def warn_of_other_classes(content, classes, path):
+    """Warn, from the first process, where a file of this project says that its outputs mean other classes than `classes`."""
+    trained = content.get("data")
+    if isinstance(trained, str) and class_digest(classes) not in trained and is_first_process():
+        told = f"warning: {path}: trained on the classes of another data set ({content.get('dataset')}): its outputs mean those"
+        print(told, file=sys.stderr, flush=True)
 
 
 def digest(state):

@@ -17,6 +17,7 @@ import models
 import published
 import report
 import train_student_cifar
+import train_student_imagenet
 import utils
 
 SEED = "dataset_digits_seed0"
@@ -143,11 +144,16 @@ def test_constants_follow_the_teachers_family_unless_given(tarch, dpcd_range, dk
     assert (args.beta, args.loss_warmup, args.beta_range, args.kd_T) == (8, 0, [1, 2], 5)
 
 
+def test_dkds_constants_on_imagenet():
+    args = train_student_imagenet.parse_args(["--tcheckpoint", "a", "--method", "dkd", "--loss-warmup", "3"])
+    assert (args.alpha, args.beta, args.loss_warmup, args.kd_T) == (1, 0.5, 3, 1)
+
+
 @pytest.mark.parametrize("method", TERMS)
 def test_only_hsakd_runs_the_teachers_heads(teacher, method):
     """The others take the class logits alone: no arithmetic is spent on auxiliary classifiers that they do not read."""
     pair = ["--tarch", "resnet8_aux", "--arch", "resnet8_aux", "--tcheckpoint", str(teacher), "--dataset", "digits"]
-    _, objective = methods.create_pair(train_student_cifar.parse_args([*pair, "--method", method]), 10)
+    _, objective = methods.create_pair(train_student_cifar.parse_args([*pair, "--method", method]), range(10))
     assert hasattr(objective.teacher, "auxiliary_classifier") == (method == "hsakd")
 
 

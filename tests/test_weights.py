@@ -118,9 +118,10 @@ def test_wrappings(wrap, legacy, tmp_path):
     assert "acc" not in content or 76 < content["acc"] < 77
 
 
-def test_numpy_numbers_of_either_numpy(tmp_path):
-    """numpy 1 calls the module of its scalars numpy.core, numpy 2 numpy._core."""
-    torch.save({"net": small().state_dict(), "acc": np.float64(76.5)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+@pytest.mark.parametrize("acc", [np.float64(76.5), np.array(76.5), np.array([76.5])])
+def test_numpy_numbers_of_either_numpy(acc, tmp_path):
+    """numpy 1 calls the module of its scalars and arrays numpy.core, numpy 2 numpy._core."""
+    torch.save({"net": small().state_dict(), "acc": acc}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "a.pth").read_bytes()
     names = [b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"]
     assert any(name in content for name in names)
@@ -202,7 +203,7 @@ def test_teacher_of_the_wrong_kind(tmp_path):
     ):
         torch.save(state, tmp_path / "a.pth")
         with pytest.raises(utils.UserError, match=said):
-            methods.create_pair(args, 10)
+            methods.create_pair(args, range(10))
 
 
 def test_wrong_architecture_names_the_first_keys(tmp_path):
