@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 
-from utils import UserError, first_line
+from utils import UserError, first_line, is_first_process
 
 GRACE = 5  # seconds a process leaves the launcher to end it, before it tells what another has told already
 
@@ -184,13 +184,15 @@ def relaunch(args, argv):
     except KeyboardInterrupt:  # the processes tell it
         return 130
     except dist.DistNetworkError as error:
-        raise UserError(f"--dist-url {args.dist_url}: no connection there ({first_line(error)})") from None
+        told = "its port is taken" if "EADDRINUSE" in str(error) else f"no connection there ({first_line(error)})"
+        raise UserError(f"--dist-url {args.dist_url}: {told}") from None
     return 0
 
 
 def run(parse_args, main):
     """Run `main(args, world)` of a script: parse, launch, join, and turn a user's mistake into one line and status 2."""
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(143))  # nothing to save yet: as SIGTERM ends it
+    sys.stdout.reconfigure(errors="backslashreplace")  # folder names need not be text
     status = None
     try:
         args = parse_args()
@@ -202,11 +204,13 @@ def run(parse_args, main):
         status = stop.code
     except UserError as error:
         fail(error, 2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # a terminal interrupts all processes
+        if not is_first_process():
+            os._exit(130)
         fail("interrupted", 130)
-    except torch.OutOfMemoryError as error:
-        fail(f"{first_line(error)}: lower --batch-size, or compute it in parts with --accumulate", 2)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            fail(f"{first_line(error)}: lower --batch-size, or compute it in parts with --accumulate", 2)
         if not lost_peer(error):
             raise
         fail("another process of this run has ended", 1, wait=True)
@@ -225,6 +229,11 @@ def leave():
         dist.destroy_process_group()
 
 
+def out_of_memory(error):
+    """Return whether a GPU's memory or the machine's did not suffice."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def lost_peer(error):
     """Return whether a collective failed because another process is gone."""
     words = ("Connection closed", "Connection reset", "Broken pipe", "ncclRemoteError", "communicator was aborted")
@@ -236,7 +245,7 @@ def fail(text, status, wait=False):
 
     Most mistakes are seen by all processes: the first tells it, the others wait for the launcher to end them.
     """
-    if wait or int(os.environ.get("RANK", 0)):
+    if wait or not is_first_process():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE)
     if not (wait and "TORCHELASTIC_RUN_ID" in os.environ):  # torchrun tells which process ended

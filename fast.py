@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from utils import UserError, first_line
+
 
 class TensorUses(TorchFunctionMode):
     """Counts, by id, how many torch functions that return tensors took each tensor as an argument."""
@@ -124,4 +126,7 @@ class CompiledStep:
     def __call__(self, images, labels, epoch):
         if len(images) != self.size:
             return self.uncompiled(images, labels, epoch)
-        return self.compiled(images, labels, self.epoch.fill_(epoch))
+        try:
+            return self.compiled(images, labels, self.epoch.fill_(epoch))
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, no Triton
+            raise UserError(f"--compile: {first_line(error.inner_exception)}") from None

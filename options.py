@@ -33,10 +33,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text):
-    """Parse a whole number of at least 1."""
+    """Parse a whole number of at least 1, and below 2^31 so that products of two are numbers a tensor can hold."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0 and below 2^31, got {text}")
     return value
 
 

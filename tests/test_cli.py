@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scripts
 import step
@@ -19,6 +20,7 @@ import methods
 import models
 import runs
 import test_model
+import train_student_cifar
 import utils
 
 SCRIPTS = (*TRAINING, "test_model")
@@ -149,8 +151,9 @@ def test_test_model(file, arch, flags, weights, tmp_path, monkeypatch, capsys):
         assert all(torch.equal(value, start[f"backbone.{key}"]) for key, value in network.state_dict().items())
 
 
-def test_recorded_numbers_may_be_tensors():
-    content = {"net": {}, "epoch": 239, "acc": torch.tensor(76.5)}
+@pytest.mark.parametrize("acc", [76.5, torch.tensor(76.5), np.array([76.5])])
+def test_recorded_numbers_may_be_arrays_of_one(acc):
+    content = {"net": {}, "epoch": 239, "acc": acc}
     assert test_model.recorded(content) == {"recorded_epoch": 239, "recorded_acc": 76.5}
     assert test_model.recorded({"acc": "none", "epoch": None}) == {}
 
@@ -254,6 +257,7 @@ BAD_VALUES = [
     ("--epochs", "0"),
     ("--epochs", "many"),
     ("--batch-size", "-1"),
+    ("--batch-size", str(2**31)),
     ("--milestones", "5", "3"),
     ("--milestones", "0"),
     ("--init-lr", "0"),
@@ -377,6 +381,22 @@ def test_wrong_files(weights, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_weights_of_other_classes_of_the_same_number(weights, tmp_path, capsys):
+    content = torch.load(weights / "aux.pth", weights_only=True)
+    for classes, warned in ((map(str, range(10)), False), ("abcdefghij", True)):
+        torch.save({**content, "dataset": "imagefolder", "data": f"(digest {utils.class_digest(classes)})"}, tmp_path / "w.pth")
+        scripts.run("test_model", *QUICK, "--arch", "resnet8_aux", "--student-weights", tmp_path / "w.pth")
+        flags = [*map(str, student(weights)), "--tcheckpoint", str(tmp_path / "w.pth")]
+        methods.create_pair(train_student_cifar.parse_args(flags), [str(i) for i in range(10)])
+        told = capsys.readouterr().err
+        assert told.count("w.pth: trained on the classes of another data set (imagefolder)") == 2 * warned, told
+
+
+def test_memory_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr("train_baseline_cifar.main", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    assert "can't allocate memory" in one_line("train_baseline_cifar", [], capsys)
+
+
 @pytest.mark.parametrize("script", ["train_baseline_cifar", "test_model"])
 def test_gpu_that_is_not_there(script, weights, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -394,11 +414,9 @@ def test_no_gpu_at_all_is_told(monkeypatch, capsys):
 @pytest.mark.parametrize(("tarch", "arch"), step.PAIRS)
 def test_published_pairs_take_a_step(tarch, arch, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(methods, "load_teacher", lambda args: (models.create(args.tarch, 100), 100))
-    args = importlib.import_module("train_student_cifar").parse_args(
-        ["--tarch", tarch, "--arch", arch, "--tcheckpoint", "t.pth"]
-    )
-    network, objective = methods.create_pair(args, 100)
+    monkeypatch.setattr(methods, "load_teacher", lambda args, classes: models.create(args.tarch, len(classes)))
+    args = train_student_cifar.parse_args(["--tarch", tarch, "--arch", arch, "--tcheckpoint", "t.pth"])
+    network, objective = methods.create_pair(args, range(100))
     assert isinstance(objective, losses.HSAKDLoss)
     terms = objective(network, torch.randn(2, 3, 32, 32), torch.tensor([3, 99]))
     sum(terms.values()).backward()

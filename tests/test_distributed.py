@@ -51,11 +51,10 @@ def published(command):
     return [sys.executable, *command, *flags, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
 
 
-def launch(command):
+def launch(command, **more):
     """Start a command in the project's folder."""
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "bufsize": 1}
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes, **more)
 
 
 def small_run(world, accumulate=1, flags=()):
@@ -252,7 +251,17 @@ def test_a_port_in_use_is_one_line_and_status_2(finished):
         _, told = process.communicate(timeout=60)
     assert process.returncode == 2
     assert [line for line in told.splitlines() if "error" in line] == [told.splitlines()[-1]]
-    assert "--dist-url tcp://127.0.0.1" in told.splitlines()[-1]
+    assert told.splitlines()[-1].endswith(": its port is taken")
+
+
+def test_an_interrupted_launcher_tells_it_once(tmp_path):
+    """Ctrl-C reaches the launcher and all processes."""
+    command = published(baseline(tmp_path, "--epochs", 50, "--milestones", 40))
+    process = launch(command, start_new_session=True)
+    wait_for(process, "epoch 1/50")
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and told.count("interrupted") == 1 and "Traceback" not in told
 
 
 def test_a_rank_without_any_image_takes_part_in_the_means(monkeypatch):

@@ -27,6 +27,7 @@ import losses
 import models
 import precision
 from distributed import World
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES, BATCH = 5, 4
@@ -170,6 +171,16 @@ def test_compiled_training_equals_eager_and_captures_one_graph(tmp_path, aot_eag
         assert torch.allclose(runs[1].objective.state[name], value, atol=1e-6), name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_compiler_that_is_missing_is_told(tmp_path, monkeypatch):
+    def backend(graph, inputs):
+        raise FileNotFoundError("no working C++ compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    with pytest.raises(UserError, match=r"^--compile: no working C\+\+ compiler$"):
+        trained(prepared(tmp_path, compiled=True), 1)
+    torch._dynamo.reset()
 
 
 def test_step_never_reads_the_device(tmp_path, monkeypatch):
