@@ -83,11 +83,13 @@ def from_torchvision(kind, root, train):
             return in_memory(torch.from_numpy(found.data), found.labels, found.classes, STL10_STATISTICS)
         maker = tv.CIFAR100 if kind == "cifar100" else tv.CIFAR10
         folder = Path(root) / maker.base_folder
-        found = maker(root, train=train, download=not folder.is_dir())
+        found = maker(root, train=train, download=not folder.is_dir())  # what is there, however damaged, is not overwritten
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         place = {"stl10": "stl10_binary", "cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}[kind]
-        told, *_ = first_line(error).partition(" You can use download")  # torchvision's advice is no flag here
-        raise UserError(f"{kind}: unpack its archive so that {Path(root) / place} exists ({told})") from None
+        place = Path(root) / place
+        if place.is_dir():
+            raise UserError(f"{place} is damaged or incomplete: move it away, to download or unpack {kind} again") from None
+        raise UserError(f"{kind}: unpack its archive so that {place} exists ({first_line(error)})") from None
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     statistics = CIFAR100_STATISTICS if kind == "cifar100" else CIFAR10_STATISTICS
     return in_memory(images, found.targets, found.classes, statistics)

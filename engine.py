@@ -15,7 +15,7 @@ import fast
 import runs
 import utils
 from metrics import Totals, evaluate, peak_memory, summary, training_sums
-from precision import resolve_precision
+from precision import autocast, resolve_precision, type_name
 from preemption import Preempted, StopSignal
 
 HEADS_EVERY = 10  # epochs between tests of all auxiliary heads; the backbone is tested every epoch
@@ -88,7 +88,7 @@ class Run:
 
     def forward_eager(self, images, labels, epoch):
         """Return the loss of a batch and its training sums (name -> scalar)."""
-        with torch.autocast(images.device.type, dtype=self.precision, enabled=self.precision is not None):
+        with autocast(images.device, self.precision):
             terms, predictions = self.objective.step(self.wrapped, images, labels, epoch)
         return sum(terms.values()), training_sums(terms, predictions, labels)
 
@@ -234,8 +234,7 @@ def train(run):
     start(run)
     stop = StopSignal()
     log = runs.RunLog(run.folder, run.epoch) if world.is_main else None
-    precision = str(run.precision or torch.float32).removeprefix("torch.")
-    say(run, f"{run.folder.path}: lr {args.init_lr}, {precision}, {data.num_classes} classes, "
+    say(run, f"{run.folder.path}: lr {args.init_lr}, {type_name(run.precision)}, {data.num_classes} classes, "
              f"{data.size} x {data.size} pixels, {len(data.train)} steps an epoch")  # fmt: skip
     try:
         for epoch in range(run.epoch, args.epochs):
@@ -267,7 +266,7 @@ def one_epoch(run, epoch, stop):
     run.last_accuracy = record["test/top1"]
     # A run resumed after an epoch's last step has trained on nothing in this one.
     record.update({"images_per_second": images / seconds or None, "seconds": time.perf_counter() - began})
-    record["peak_memory_mb"] = peak_memory(run.world.device)
+    record["peak_memory_mib"] = peak_memory(run.world.device)
     return record
 
 

@@ -54,6 +54,8 @@ def parse_args(argv=None):
     args = options.finish(parser, argv)
     # Neither auxiliary classifiers nor the other network of a pair have a part in this.
     args.arch = models.backbone_name(args.arch)
+    if args.dataset == "imagenet":
+        parser.error("--dataset imagenet: the probe sees images of 32 pixels: read the same folders as imagefolder")
     if models.is_imagenet(args.arch):
         parser.error(f"--arch {args.arch} is for images of 224 pixels: the probe is for CIFAR's backbones")
     return args

@@ -69,14 +69,14 @@ def fold_batchnorm(network, size):
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def inference_copy(teacher, size, dtype=None):
+def inference_copy(teacher, size, dtype):
     """Return a frozen copy of a teacher, for images of `size`, that only serves to be run under autocast to `dtype`.
 
     BatchNorm is folded where it can be, and the weights that autocast would convert in every step are converted here.
     """
     network = fold_batchnorm(teacher, size)
     for module in network.modules():
-        if dtype is not None and isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)
     return network
 

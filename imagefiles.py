@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision import io
 from torchvision.transforms import v2
 
 import batches
@@ -24,11 +24,15 @@ import datasets
 import distributed
 from utils import UserError
 
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # torchvision has announced that decoding will leave it; PIL reads the files then
+    decode_jpeg = None
+
 SIZE, TEST_RESIZE = 224, 256
 PREFETCH = 2  # batches that each worker reads ahead
 REPLACEMENTS = 100  # images tried in place of an unreadable one
 SHOWN = 20  # unreadable images that a process names in an epoch
-RGB = io.ImageReadMode.RGB
 JPEG = [0xFF, 0xD8, 0xFF]  # how a JPEG file begins
 
 
@@ -57,14 +61,17 @@ def find(root, split):
     return FileSet(np.array([os.fsencode(path) for path in paths]), torch.tensor(labels), names)
 
 
+def read_bytes(path):
+    """Return the bytes of the file at `path`, (n,) uint8; OSError where it cannot be read."""
+    return torch.from_numpy(np.fromfile(path, np.uint8))
+
+
 def decode(path):
     """Return the image at `path` as (3, H, W) uint8, whatever its colour space; UserError where it cannot be read."""
-    try:
-        content = io.read_file(path)
-        if content[:3].tolist() == JPEG:  # of other formats torchvision's decoders crash on some damaged files
-            return io.decode_jpeg(content, RGB)
-    except RuntimeError:
-        pass
+    with suppress(OSError, RuntimeError):
+        content = read_bytes(path)
+        if decode_jpeg and content[:3].tolist() == JPEG:  # of other formats its decoders crash on some damaged files
+            return decode_jpeg(content, "RGB")
     return datasets.decode(path)  # slower, but knows more formats and says what is wrong
 
 
@@ -109,17 +116,16 @@ class EncodedImages(Images):
     """Item (index, key) -> (the file's bytes (n,) uint8, label, item), for decoding on the device."""
 
     def __getitem__(self, item):
-        path = os.fsdecode(self.files.paths[item[0]])
         try:
-            content = io.read_file(path)
-        except RuntimeError:
+            content = read_bytes(os.fsdecode(self.files.paths[item[0]]))
+        except OSError:
             content = torch.zeros(0, dtype=torch.uint8)
         return content, self.files.labels[item[0]], item
 
     def decoded(self, contents, labels, items, device):
         """Return what `Images` gives for the files' `contents`, decoded on `device` in one call where all are plain JPEG."""
         try:
-            images = io.decode_jpeg(contents, RGB, device)
+            images = decode_jpeg(contents, "RGB", device)
         except RuntimeError:  # one of them is no JPEG that the device knows: on the CPU, image by image
             found = [super(EncodedImages, self).__getitem__(item) for item in items]
             return collate([(None if image is None else image.to(device), *rest) for image, *rest in found])
@@ -168,6 +174,8 @@ class FileBatches:
     def __init__(self, files, transform, args, world, fill):
         if args.decode == "device" and world.device.type != "cuda":
             raise UserError("--decode device needs a GPU: this run has none")
+        if args.decode == "device" and not decode_jpeg:
+            raise UserError("--decode device: this torchvision has no decoder")
         self.files, self.world, self.skip, self.limit = files, world, args.skip_bad_images, args.limit_batches
         self.named, self.skipped = set(), 0  # unreadable images: told so far by this process, and of all in the last pass
         encoded = args.decode == "device"

@@ -249,8 +249,8 @@ class DPCDLoss(Objective):
 
     def step(self, model, images, labels, epoch=0):
         logits, aux_logits, teacher_logits = self.outputs(model, images)
-        if any(aux.shape[1] != logits.shape[1] for aux in aux_logits):
-            raise ValueError("DPCD's auxiliary heads predict the classes alone: create the network with --rotations 1")
+        if aux_logits:  # without any, its path from the teacher alone is defined
+            check_heads(logits, aux_logits, rotations=1)
 
         alpha, beta = self.weights(teacher_logits, labels)
         path = dkd(logits, teacher_logits, labels, self.temperature, alpha, beta)

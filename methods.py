@@ -37,19 +37,20 @@ TEMPERATURE = {"hsakd": 3.0, "dpcd": 3.0, "kd": 4.0, "dkd": 4.0}
 def add_arguments(parser, tarch="wrn_40_2_aux"):
     """Add the trained teacher, the method and the methods' constants to a student script's parser."""
     add = parser.add_argument
-    number, natural = options.not_negative(float), options.not_negative(int)
+    number = options.not_negative
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", required=True, help="trained weights of the teacher")
+    add("--net", type=int, choices=[1, 2], default=1, help="network of a mutual pair's weights in --tcheckpoint")
     add("--method", choices=list(METHODS), default="hsakd")
     add("--kd_T", type=options.above_zero, help="temperature; default 3 for hsakd and dpcd, 4 for kd and dkd (1 on ImageNet)")
     add("--ce-weight", type=number, help="kd: weight of the cross-entropy (0.1)")
     add("--kd-weight", type=number, help="kd: weight of the KL term (0.9)")
     add("--alpha", type=number, help="dkd: weight of the target term (1)")
     add("--beta", type=number, help="dkd, dpcd: weight of the non-target term (by the teacher's family; 6)")
-    add("--loss-warmup", type=natural, help="dkd, dpcd: epochs over which the teacher's term fades in (20)")
+    add("--loss-warmup", type=options.natural, help="dkd, dpcd: epochs over which the teacher's term fades in (20)")
     add("--beta-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of beta (by family)")
     add("--alpha-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of alpha (0.5 2)")
-    add("--ema", type=options.held_out_share, help="dpcd: share of the old value in the moving confidence (0.9)")
+    add("--ema", type=options.below_one, help="dpcd: share of the old value in the moving confidence (0.9)")
     add("--history", type=options.positive, help="dpcd: confidences kept for the threshold (2000)")
     add("--threshold", type=number, help="dpcd: threshold until the history is full (0.6)")
     add("--quantile", type=options.share, help="dpcd: quantile of the history that is the threshold (0.65)")
@@ -107,7 +108,7 @@ def load_teacher(args, classes):
     if known != len(classes):
         raise utils.UserError(f"{args.tcheckpoint}: a teacher of {known} classes, but {args.dataset} has {len(classes)}")
     teacher = models.create(args.tarch, known, rotations or 4)
-    content = utils.load_weights(teacher, args.tcheckpoint)
+    content = utils.load_weights(teacher, args.tcheckpoint, args.net)
     if args.method == "hsakd" and rotations != 4:
         raise utils.UserError(f"{args.tcheckpoint}: its heads tell {rotations} rotation apart, hsakd needs 4")
     utils.warn_of_other_classes(content, classes, args.tcheckpoint)

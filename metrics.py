@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distributed import gather_objects, sum_over_ranks
 from losses import joint_labels, rotate
 from objective import unwrap
+from precision import autocast
 
 
 class Totals:
@@ -111,7 +112,7 @@ def test_sums(network, images, labels, heads):
 
 
 @torch.no_grad()
-def evaluate(model, batches, device, dtype=None, heads=False):
+def evaluate(model, batches, device, dtype=torch.float32, heads=False):
     """Return name -> mean over the test images, each counted once: loss, top1, top5 and head accuracies, in percent.
 
     Of a mutual pair every name has a prefix `net1/` or `net2/`, and `top1` and `net` are those of the better network.
@@ -122,7 +123,7 @@ def evaluate(model, batches, device, dtype=None, heads=False):
     for network in modes:
         network.eval()
     for images, labels in batches:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(device, dtype):
             sums = {}
             for prefix, network in found.items():
                 sums.update({prefix + k: v for k, v in test_sums(network, images, labels, heads).items()})
@@ -168,6 +169,6 @@ def summary(record, epochs):
     accuracies = ", ".join(f"{k} {v:.2f}" for k, v in record.items() if k.endswith("top1"))
     return (
         f"epoch {record['epoch']}/{epochs}: loss {record['train/loss']:.4f}, {accuracies}, "
-        f"{speed}{record['peak_memory_mb']:.0f} MiB, "
+        f"{speed}{record['peak_memory_mib']:.0f} MiB, "
         f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
     )

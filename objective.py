@@ -13,10 +13,13 @@ def unwrap(model):
 
 
 def split_outputs(outputs):
-    """(logits, [aux logits]) of a network's outputs; a backbone's bare logits come with an empty list."""
+    """(logits, [aux logits]) of one network's outputs; a backbone's bare logits come with an empty list."""
     if torch.is_tensor(outputs):
         return outputs, []
-    return outputs[0], list(outputs[1])
+    logits, aux_logits = outputs
+    if not torch.is_tensor(logits):
+        raise ValueError("a mutual pair's outputs: this objective trains one network")
+    return logits, list(aux_logits)
 
 
 def total(values, like):

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from pathlib import Path
@@ -32,56 +33,29 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def positive(text):
-    """Parse a whole number of at least 1, and below 2^31 so that products of two are numbers a tensor can hold."""
-    value = int(text)
-    if not 1 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0 and below 2^31, got {text}")
-    return value
-
-
-def not_negative(kind):
-    """Return a parser of numbers of type `kind` that are finite and at least 0."""
+def checked(kind, expected, accepts):
+    """Return a parser of `kind` (int or float) for values that `accepts` says yes to; others are told what is `expected`."""
 
     def parse(text):
-        value = kind(text)
-        if not 0 <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
     return parse
 
 
-def seed(text):
-    """Parse a seed that every generator takes."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text}")
-    return value
-
-
-def above_zero(text):
-    """Parse a finite number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
-
-
-def share(text):
-    """Parse a share in (0, 1]."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text}")
-    return value
-
-
-def held_out_share(text):
-    """Parse a share in [0, 1)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text}")
-    return value
+# Below 2^31, so that products of two are numbers that a tensor can hold.
+positive = checked(int, "a whole number from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)
+natural = checked(int, "a whole number from 0 to 2^31 - 1", lambda value: 0 <= value < 2**31)
+seed = checked(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+above_zero = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
+not_negative = checked(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+below_one = checked(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+share = checked(float, "a share above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 def architecture(name):
@@ -126,7 +100,7 @@ def base_parser(script, description, arch, dataset_name="cifar100"):
     add("--dataset", type=dataset, default=dataset_name, help=", ".join(DATASETS))
     add("--arch", type=architecture, default=arch, help="architecture of the network")
     add("--batch-size", type=positive, default=64, help="images a step, over all processes")
-    add("--num-workers", type=not_negative(int), default=4, help="threads or processes that decode image files")
+    add("--num-workers", type=natural, default=4, help="threads or processes that decode image files")
     add("--gpu-id", type=gpu_ids, help="GPU to use, or several: 0,1,2,3")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="precision of the networks' arithmetic")
     add("--decode", choices=["cpu", "device"], default="cpu", help="imagenet: where JPEG files are decoded")
@@ -142,10 +116,10 @@ def training_parser(script, description, arch, dataset_name="cifar100", epochs=2
     add("--epochs", type=positive, default=epochs, help="passes over the training images")
     add("--manual_seed", type=seed, default=0, help="seed of weights, data order and augmentation")
     add("--init-lr", type=above_zero, help="initial learning rate; default by the recipe of the architecture")
-    add("--weight-decay", type=not_negative(float), default=5e-4, help="of all parameters, BatchNorm's too")
+    add("--weight-decay", type=not_negative, default=5e-4, help="of all parameters, BatchNorm's too")
     add("--milestones", type=positive, nargs="+", default=list(milestones), help="epochs at which the rate is x0.1")
-    add("--warmup-epoch", type=not_negative(int), default=0, help="epochs of linear warm-up")
-    add("--val-split", type=held_out_share, default=0.0, help="select the best epoch on this share of training images")
+    add("--warmup-epoch", type=natural, default=0, help="epochs of linear warm-up")
+    add("--val-split", type=below_one, default=0.0, help="select the best epoch on this share of training images")
     add("--accumulate", type=positive, default=1, help="parts that a batch is computed in, to save memory")
     add("--compile", action="store_true", help="compile the training step")
     add("--checkpoint-dir", default="./checkpoint", help="folder of the run folders")
@@ -164,7 +138,7 @@ def add_distributed(parser):
     add("--dist-url", default="tcp://127.0.0.1:23456", help="address of the first machine")
     add("--dist-backend", choices=["nccl", "gloo"], help="collectives; default nccl on GPUs, gloo on CPUs")
     add("--world-size", type=positive, default=1, help="number of machines")
-    add("--rank", type=not_negative(int), default=0, help="number of this machine")
+    add("--rank", type=natural, default=0, help="number of this machine")
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes")
 
 

@@ -4,18 +4,30 @@ import time
 
 import torch
 
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def resolve_precision(amp, device):
-    """Return the autocast dtype for `--amp`: None (float32), bfloat16 or float16; `auto` takes bfloat16 where it is fast.
+    """Return the dtype for `--amp`: float32, bfloat16 or float16; `auto` takes bfloat16 where it is fast.
 
     On a GPU that is hardware of compute capability 8.0 and above; on a CPU a short probe measures it.
     """
     if amp != "auto":
-        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     with torch.random.fork_rng(devices=[]):
-        return torch.bfloat16 if cpu_bfloat16_gain() > 1.2 else None
+        return torch.bfloat16 if cpu_bfloat16_gain() > 1.2 else torch.float32
+
+
+def autocast(device, dtype):
+    """Return the context in which networks on `device` compute in `dtype`."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def type_name(dtype):
+    """Return a dtype's name, a key of `TYPES`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def cpu_bfloat16_gain(rounds=20):

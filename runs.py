@@ -13,6 +13,7 @@ import torch
 import distributed
 import utils
 from objective import unwrap
+from precision import TYPES, type_name
 
 # Arguments that may differ between a run and its resumption: where and how it runs, how long, and paths, whose files may
 # have moved. (That the teacher is the same one is checked by its weights, see `utils.digest`.)
@@ -37,10 +38,13 @@ def run_name(script, args):
 
 
 def differences(old, new):
-    """Return 'name old -> new' for each setting that shapes the result and differs."""
+    """Return 'name old -> new' for each setting that shapes the result and differs.
+
+    A flag that did not exist yet is one that is not given: None, False or 0.
+    """
     new = json.loads(json.dumps(new))
     keys = sorted((old.keys() | new.keys()) - FREE_ARGUMENTS)
-    return [f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+    return [f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if (old.get(k) or None) != (new.get(k) or None)]
 
 
 class RunFolder:
@@ -205,7 +209,7 @@ def checkpoint_of(run):
             "teacher_digest": run.teacher_digest,
             "totals": totals,
             "scaler": run.scaler.state_dict(),
-            "precision": str(run.precision).removeprefix("torch."),
+            "precision": type_name(run.precision),
             "best": run.best,
         }
     )
@@ -225,7 +229,7 @@ def restore(run):
     if content.get("teacher_digest") != run.teacher_digest:
         raise utils.UserError(f"--resume: the run in {run.folder.path} has a teacher of other weights: use --tag")
     try:
-        run.precision = {"None": None}.get(content["precision"], getattr(torch, content["precision"], None))
+        run.precision = TYPES[content["precision"].replace("None", "float32")]  # as earlier checkpoints call it
         run.prepare()
         run.optimizer.load_state_dict(content["optimizer"])
         run.scaler.load_state_dict(content["scaler"])

@@ -25,6 +25,7 @@ import losses  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
 from metrics import multiply_adds, training_sums  # noqa: E402
+from precision import type_name  # noqa: E402
 
 
 def networks(case, classes):
@@ -114,10 +115,10 @@ class Ours:
 
     def facts(self):
         """Return the step's precision and arithmetic, the rates of matrix products, and the shares of a round's time."""
-        device, precision = self.run.world.device, self.run.precision or torch.float32
-        rates = {dtype_name(dtype): matmul_rate(device, dtype) / 1e9 for dtype in (torch.float32, precision)}
+        device, precision = self.run.world.device, self.run.precision
+        rates = {type_name(dtype): matmul_rate(device, dtype) / 1e9 for dtype in (torch.float32, precision)}
         arithmetic = {"gflop_a_step": self.flops() / 1e9, "matmul_gflops": rates}
-        return {"precision": dtype_name(precision), **arithmetic, "shares": self.shares(device)}
+        return {"precision": type_name(precision), **arithmetic, "shares": self.shares(device)}
 
     def flops(self):
         """Return the floating-point operations of one step: the teacher's forward pass, three times the trained network's.
@@ -160,11 +161,6 @@ class Ours:
             whole = now(device) - began
         spent["data"] = whole - sum(spent.values())  # what is left: batches, and the loop itself
         return {name: seconds / whole for name, seconds in spent.items()}
-
-
-def dtype_name(dtype):
-    """Return "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def now(device):

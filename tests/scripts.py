@@ -65,5 +65,5 @@ def save_teacher(path, name="resnet8_aux", num_classes=10, rotations=4):
 def log_lines(folder):
     """Return the records of a run folder's log without its timings."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    timings = ("images_per_second", "seconds", "peak_memory_mb")
+    timings = ("images_per_second", "seconds", "peak_memory_mib")
     return [{name: value for name, value in line.items() if name not in timings} for line in lines]

@@ -405,4 +405,4 @@ def test_a_preempted_run_goes_on_with_one_process(tmp_path, monkeypatch):
     run("train_baseline_cifar", *command[1:], "--resume")
     assert torch.cat(seen).tolist() == list(range(8 * step, 1437))
     record = json.loads((tmp_path / FOLDER / "log.jsonl").read_text())
-    assert record["epoch"] == 1 and record["peak_memory_mb"] > 0
+    assert record["epoch"] == 1 and record["peak_memory_mib"] > 0

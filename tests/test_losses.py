@@ -273,7 +273,8 @@ def test_teacher_is_frozen_and_in_eval_mode():
     (losses.KDLoss(fake(0, classes=6)), fake(1), "5 classes, the teacher 6"),
     (losses.TeacherLoss(), fake(0, 4, heads=0), "no auxiliary heads"),
     (losses.MutualLoss(), FakePair(fake(0, 4, heads=1), fake(1, 4)), "1 auxiliary heads"),
-    (losses.DPCDLoss(fake(0)), Fake(torch.zeros(3, 5), [torch.zeros(3, 20)]), "--rotations 1"),
+    (losses.DPCDLoss(fake(0)), Fake(torch.zeros(3, 5), [torch.zeros(3, 20)]), "20 outputs, not classes x rotations = 5"),
+    (losses.TeacherLoss(), FakePair(fake(0, 4), fake(1, 4)), "trains one network"),
 ])  # fmt: skip
 def test_networks_that_do_not_fit(objective, model, message):
     with pytest.raises(ValueError, match=message) as error:
