@@ -1,19 +1,12 @@
 """Batches of images that live on the training device: order and normalisation as tensor operations."""
 
-import importlib
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-import datasets
 import distributed
-from augment import CropFlip, resized
-from utils import UserError, class_digest
-
-# Data sets too large for memory, and the module that reads their batches from files.
-READERS = {"imagenet": "imagefiles"}
+from utils import UserError
 
 
 def epoch_generator(seed, epoch):
@@ -118,78 +111,3 @@ class TestBatches:
     def __iter__(self):
         for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
             yield self.normalise(images), labels
-
-
-class Data(NamedTuple):
-    """What a run trains and is measured on; `val` is None unless training images are held out."""
-
-    train: object
-    val: object
-    test: object
-    num_classes: int
-    size: int
-    about: str = ""  # tells training sets apart
-
-
-def crop_flip(image_set):
-    """Return the augmentation of the CIFAR recipe for a set of training images."""
-    return CropFlip(image_set.size, flip=image_set.flip)
-
-
-def load(args, world, augmentation=crop_flip, test_size=None):
-    """Read the data set of `args`, once, into batches on the device: a Data.
-
-    `augmentation` makes the training images' augmentation from their ImageSet; test images are resized to `test_size`
-    pixels a side where it is given.
-    """
-    if args.dataset in READERS:
-        return importlib.import_module(READERS[args.dataset]).load(args, world)
-    with distributed.first_alone(world):  # what has to be downloaded, one process downloads
-        train_set = datasets.load(args.dataset, args.data, True, args.num_workers)
-    test = load_test(args, world, test_size)
-    train_set, held_out = split(train_set, args, world)
-    augment = augmentation(train_set)
-    train = DeviceBatches(train_set, args.batch_size, augment, world, args.manual_seed, args.limit_batches)
-    val = test_batches(held_out, args, world, test_size) if held_out else None
-    size = test_size or train_set.size
-    return Data(train, val, test, len(train_set.classes), size, about(train_set, size))
-
-
-def about(train_set, size):
-    """Return a text that tells training sets apart: their images' number and size, and their classes."""
-    names = train_set.classes
-    return f"{len(train_set)} images, {size} pixels, {len(names)} classes (digest {class_digest(names)})"
-
-
-def split(train_set, args, world):
-    """Return (training images, held-out images or None) of `--val-split` and `--few-ratio`."""
-    held_out = None
-    if args.val_split:
-        kept = datasets.stratified_share(train_set.labels, 1 - args.val_split)
-        left = torch.ones(len(train_set), dtype=torch.bool).index_fill(0, kept, False).nonzero().flatten()
-        train_set, held_out = train_set.subset(kept), train_set.subset(left)
-    if getattr(args, "few_ratio", None):
-        train_set = train_set.subset(datasets.stratified_share(train_set.labels, args.few_ratio))
-        if world.is_main:
-            counts = zip(train_set.classes, train_set.labels.bincount(minlength=len(train_set.classes)).tolist(), strict=True)
-            print("training images: " + ", ".join(f"{name} {count}" for name, count in counts))
-    return train_set, held_out
-
-
-def load_test(args, world, size=None, trained_size=None):
-    """Read the test images of the data set of `args` into batches on the device.
-
-    They are resized to `size` where it is given; an image folder's are read at `trained_size`, else at its own size.
-    """
-    if args.dataset in READERS:
-        return importlib.import_module(READERS[args.dataset]).load_test(args, world)
-    with distributed.first_alone(world):
-        test_set = datasets.load(args.dataset, args.data, False, args.num_workers, trained_size)
-    return test_batches(test_set, args, world, size)
-
-
-def test_batches(image_set, args, world, size=None):
-    """Return batches of a forward pass without gradient over `image_set`, resized to `size` pixels where it is given."""
-    if size:
-        image_set = resized(image_set, size)
-    return TestBatches(image_set, max(args.batch_size, 256), world, args.limit_batches)

@@ -143,6 +143,13 @@ def class_folders(folder):
     return names, samples
 
 
+def check_classes(names, expected, folder, other):
+    """Raise UserError unless a folder's class names are those `expected`, of the `other` folder."""
+    if names != expected:
+        odd = sorted(set(names) ^ set(expected))[:3]
+        raise UserError(f"{folder}: its class folders must be those of {other} (check: {', '.join(odd)})")
+
+
 def to_rgb(image):
     """Return a PIL image in 8-bit RGB; of 16-bit grey, which PIL itself would cut off at 255, the upper 8 bits."""
     if image.mode == "F":
@@ -190,9 +197,7 @@ def image_folder(folders, train, workers, statistics, size=None):
         raise UserError(f"{folders[0]}: images of {size} pixels a side; the networks need {SMALLEST} or more")
     if not train and not alone:
         test_names, samples = class_folders(test)
-        if test_names != names:
-            odd = sorted(set(names) ^ set(test_names))[:3]
-            raise UserError(f"{test}: its class folders must be those of {folders[0]} (check: {', '.join(odd)})")
+        check_classes(test_names, names, test, folders[0])
     paths, labels = zip(*samples, strict=True)
 
     def read(indices):

@@ -11,9 +11,9 @@ Published for MobileNetV2 taught by VGG-13 on CIFAR-100: 74.66 on STL-10, 42.57 
 import torch
 from torch import nn
 
-import batches
 import distributed
 import engine
+import loading
 import models
 import options
 import utils
@@ -67,7 +67,7 @@ def main(args, world):
     num_classes, _ = utils.weights_layout(args.s_path)  # a wrong path shows before the data is read
     backbone = models.create(args.arch, num_classes)
     utils.load_weights(backbone, args.s_path, args.net)
-    data = batches.load(args, world, lambda images: ResizedCropFlip(images.size, SIZE, flip=images.flip), SIZE)
+    data = loading.load(args, world, lambda images: ResizedCropFlip(images.size, SIZE, flip=images.flip), SIZE)
     engine.fit(args, world, LinearProbe(backbone, data.num_classes), CrossEntropyLoss(), data)
 
 

@@ -52,11 +52,12 @@ class FileSet:
         return replace(self, paths=self.paths[indices.numpy()], labels=self.labels[indices])
 
 
-def find(root, split):
-    """Return the split `<root>/<split>/<class>/*` of any number of classes; UserError where there is none."""
-    names, samples = datasets.class_folders(Path(root) / split)
+def find(root, train):
+    """Return the split `<root>/{train,val}/<class>/*`, any number of classes; UserError where it is not there."""
+    folder = Path(root) / ("train" if train else "val")
+    names, samples = datasets.class_folders(folder)
     if not samples:
-        raise UserError(f"no images: put them at {Path(root) / split}/<class>/*")
+        raise UserError(f"no images: put them at {folder}/<class>/*")
     paths, labels = zip(*samples, strict=True)
     return FileSet(np.array([os.fsencode(path) for path in paths]), torch.tensor(labels), names)
 
@@ -281,21 +282,3 @@ class TestBatches(FileBatches):
 
     def __iter__(self):
         return self.read(self.items)
-
-
-def load(args, world):
-    """Find the images of `args` and return their batches: a batches.Data."""
-    train_set, test_set = find(args.data, "train"), find(args.data, "val")
-    if train_set.classes != test_set.classes:
-        odd = sorted(set(train_set.classes) ^ set(test_set.classes))[:3]
-        raise UserError(f"{args.data}: train/ and val/ must have the same class folders (check: {', '.join(odd)})")
-    train_set, held_out = batches.split(train_set, args, world)
-    held_out = TestBatches(held_out, args, world) if held_out else None
-    test = TestBatches(test_set, args, world)
-    about = batches.about(train_set, SIZE)
-    return batches.Data(TrainBatches(train_set, args, world), held_out, test, len(test.classes), SIZE, about)
-
-
-def load_test(args, world):
-    """Find the test images of `args` and return their batches."""
-    return TestBatches(find(args.data, "val"), args, world)

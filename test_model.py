@@ -13,8 +13,8 @@ import time
 import numpy as np
 import torch
 
-import batches
 import distributed
+import loading
 import models
 import options
 import utils
@@ -66,7 +66,7 @@ def main(args, world):
     network = models.create(args.arch, num_classes, rotations or 4)
     content = utils.load_weights(network, args.student_weights, args.net)
     network = network.to(world.device, memory_format=torch.channels_last).eval()
-    images = batches.load_test(args, world, trained_size=content.get("size"))
+    images = loading.load_test(args, world, trained_size=content.get("size"))
     if len(images.classes) != num_classes:
         raise utils.UserError(f"{args.student_weights}: {num_classes} classes, but {args.dataset} has {len(images.classes)}")
     utils.warn_of_other_classes(content, images.classes, args.student_weights)

@@ -6,9 +6,9 @@ Recipe: 240 epochs, batch 64, lr 0.05 (0.01 for MobileNetV2 and the ShuffleNets)
 Published on CIFAR-100: WRN-16-2 73.57, ResNet-20 69.62, ResNet8x4 72.95 (mean of three runs, best test epoch).
 """
 
-import batches
 import distributed
 import engine
+import loading
 import models
 import options
 import utils
@@ -30,7 +30,7 @@ def parse_args(argv=None):
 def main(args, world):
     """Train the baseline."""
     utils.seed_all(args.manual_seed)
-    data = batches.load(args, world)
+    data = loading.load(args, world)
     model = models.create(args.arch, data.num_classes)
     engine.fit(args, world, model, CrossEntropyLoss(), data)
 

@@ -6,9 +6,9 @@ Recipe: 240 epochs, batch 64 (times 4 views), lr 0.05 (0.01 for MobileNetV2 and 
 Published on CIFAR-100: WRN-40-2 82.58, ResNet-56 78.16, ResNet-32x4 84.91, VGG-13 80.44, MobileNetV2 78.85.
 """
 
-import batches
 import distributed
 import engine
+import loading
 import models
 import options
 import utils
@@ -27,7 +27,7 @@ def parse_args(argv=None):
 def main(args, world):
     """Train the pair."""
     utils.seed_all(args.manual_seed)
-    data = batches.load(args, world)
+    data = loading.load(args, world)
     pair = models.create(args.arch, data.num_classes)
     engine.fit(args, world, pair, MutualLoss(args.kd_T), data)
 

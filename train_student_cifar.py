@@ -7,9 +7,9 @@ Recipe: 240 epochs, batch 64 (times 4 views), lr 0.05 (0.01 for MobileNetV2 and 
 Published on CIFAR-100, WRN-40-2 -> WRN-16-2: HSAKD 78.67 with a joint teacher, 77.20 with a frozen one.
 """
 
-import batches
 import distributed
 import engine
+import loading
 import methods
 import options
 import utils
@@ -26,7 +26,7 @@ def main(args, world):
     """Train the student."""
     utils.seed_all(args.manual_seed)
     utils.weights_layout(args.tcheckpoint)  # a wrong path shows before the data is read
-    data = batches.load(args, world)
+    data = loading.load(args, world)
     student, objective = methods.create_pair(args, data.test.classes)
     engine.fit(args, world, student, objective, data)
 

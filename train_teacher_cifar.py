@@ -7,9 +7,9 @@ Recipe: jointly 240 epochs, x0.1 at 150/180/210; frozen 100 epochs, x0.1 at 30/6
 Published on CIFAR-100 (joint): WRN-40-2 80.70, ResNet-56 77.20, ResNet32x4 83.73, VGG-13 78.48, ResNet-50 83.85.
 """
 
-import batches
 import distributed
 import engine
+import loading
 import models
 import options
 import utils
@@ -30,7 +30,7 @@ def parse_args(argv=None):
 def main(args, world):
     """Train the teacher."""
     utils.seed_all(args.manual_seed)
-    data = batches.load(args, world)
+    data = loading.load(args, world)
     model = models.create(args.arch, data.num_classes, args.rotations)
     if args.pretrained_backbone:
         utils.load_weights(model.backbone, args.pretrained_backbone)

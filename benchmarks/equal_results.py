@@ -19,9 +19,9 @@ from statistics import mean, stdev
 from torch.utils.data import RandomSampler
 from training_paths import Reference
 
-import batches
 import datasets
 import distributed
+import loading
 import methods
 import metrics
 import train_student_cifar
@@ -47,7 +47,7 @@ def reference(args, seed, world):
     """Train as the published scripts do; return the last epoch's top-1 on the test images and the images/s."""
     utils.seed_all(seed)
     train_set = datasets.load(args.dataset, args.data, True, args.num_workers)
-    test = batches.load_test(args, world)
+    test = loading.load_test(args, world)
     count = min(args.limit_batches * args.batch_size if args.limit_batches else len(train_set), len(train_set))
     pair = methods.create_pair(args, test.classes)
     sampler = RandomSampler(train_set.labels, num_samples=count)

@@ -54,7 +54,7 @@ def our_batches(root):
     """Return this project's training batches, read in this process."""
     args = argparse.Namespace(decode="cpu", skip_bad_images=False, limit_batches=None, num_workers=0)
     args.batch_size, args.manual_seed = BATCH, 0
-    return imagefiles.TrainBatches(imagefiles.find(root, "train"), args, World(0, 1, torch.device("cpu")))
+    return imagefiles.TrainBatches(imagefiles.find(root, train=True), args, World(0, 1, torch.device("cpu")))
 
 
 def uint8_batches(ours, plan):

@@ -21,6 +21,7 @@ import batches  # noqa: E402
 import datasets  # noqa: E402
 import distributed  # noqa: E402
 import engine  # noqa: E402
+import loading  # noqa: E402
 import losses  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
@@ -100,7 +101,7 @@ class Ours:
         settings = options.finish(options.training_parser(__file__, __doc__, case[1]), argv)
         crop_flip = augment.CropFlip(image_set.size)
         train = batches.DeviceBatches(image_set, args.batch_size, crop_flip, world, 0)
-        data = batches.Data(train, None, None, len(image_set.classes), image_set.size)
+        data = loading.Data(train, None, None, len(image_set.classes), image_set.size)
         self.run = engine.Run(settings, world, model, objective, data)
         self.run.prepare()
 

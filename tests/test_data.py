@@ -21,6 +21,8 @@ import batches
 import datasets
 import distributed
 import imagefiles
+import loading
+from augment import CropFlip
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -46,11 +48,11 @@ def numbered_set(count, size=4):
 
 def train_batches(image_set, batch_size, world=world(), seed=0, limit=None):  # noqa: B008 - a tuple
     """Return training batches without padding, so that an image keeps its pixels."""
-    return batches.DeviceBatches(image_set, batch_size, batches.CropFlip(image_set.size, 0), world, seed, limit)
+    return batches.DeviceBatches(image_set, batch_size, CropFlip(image_set.size, 0), world, seed, limit)
 
 
 def test_crop_and_flip_are_torchvisions_for_every_draw():
-    augment = batches.CropFlip(32)
+    augment = CropFlip(32)
     draws = torch.cartesian_prod(torch.arange(9), torch.arange(9), torch.arange(2))
     images = random_images(len(draws))
     padded = tv.pad(images, [4, 4, 4, 4])
@@ -61,7 +63,7 @@ def test_crop_and_flip_are_torchvisions_for_every_draw():
 
 def test_draws_are_uniform_and_independent():
     count = 81 * 2 * 200
-    draws = batches.CropFlip(32).draw(count, torch.Generator().manual_seed(0))
+    draws = CropFlip(32).draw(count, torch.Generator().manual_seed(0))
     cells = (draws[:, 0] * 9 + draws[:, 1]) * 2 + draws[:, 2]
     seen = cells.bincount(minlength=162).double()
     chi_square = ((seen - 200) ** 2 / 200).sum().item()
@@ -73,7 +75,7 @@ def test_torchvisions_transform_draws_from_the_same_range():
     """RandomCrop(32, padding=4) + RandomHorizontalFlip give, over many draws, the very set of images of CropFlip."""
     image = random_images(1, 8)
     draws = torch.cartesian_prod(torch.arange(3), torch.arange(3), torch.arange(2))
-    ours = batches.CropFlip(8, padding=1).apply(image.expand(len(draws), -1, -1, -1), draws)
+    ours = CropFlip(8, padding=1).apply(image.expand(len(draws), -1, -1, -1), draws)
     transform = v2.Compose([v2.RandomCrop(8, padding=1), v2.RandomHorizontalFlip()])
     torch.manual_seed(0)
     theirs = torch.cat([transform(image) for _ in range(300)])
@@ -82,7 +84,7 @@ def test_torchvisions_transform_draws_from_the_same_range():
 
 
 def test_no_flip_where_a_mirror_image_is_another_class():
-    assert not batches.CropFlip(32, flip=False).draw(100, torch.Generator())[:, 2].any()
+    assert not CropFlip(32, flip=False).draw(100, torch.Generator())[:, 2].any()
     assert not datasets.load("digits", "", True).flip
 
 
@@ -93,7 +95,7 @@ def test_normalisation_is_torchvisions_and_the_border_is_black():
     torch.testing.assert_close(found, transform(images), rtol=1e-5, atol=1e-5)
     assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
 
-    corner = batches.CropFlip(32).apply(images, torch.zeros(6, 3, dtype=torch.int64))
+    corner = CropFlip(32).apply(images, torch.zeros(6, 3, dtype=torch.int64))
     border = batches.Normaliser(STATISTICS, CPU)(corner)[:, :, :4, :]
     black = -torch.tensor(STATISTICS[0]) / torch.tensor(STATISTICS[1])
     torch.testing.assert_close(border, black.view(1, 3, 1, 1).expand_as(border))
@@ -102,7 +104,7 @@ def test_normalisation_is_torchvisions_and_the_border_is_black():
 def test_an_epochs_images_are_the_sets_augmented_by_its_draws():
     images = random_images(10, 8)
     made = datasets.in_memory(images, range(10), "abcdefghij", STATISTICS)
-    augment = batches.CropFlip(8, padding=1)
+    augment = CropFlip(8, padding=1)
     found = list(batches.DeviceBatches(made, 4, augment, world(), 3).epoch(0))
     assert [len(labels) for _, labels in found] == [4, 4, 2]
     options = torch.cartesian_prod(torch.arange(3), torch.arange(3), torch.arange(2))
@@ -128,7 +130,7 @@ def test_order_is_seeded_and_differs_between_epochs_and_seeds():
 
 def test_epoch_entered_at_a_step_goes_on_as_the_whole_epoch():
     made = datasets.in_memory(random_images(23, 8), range(23), range(23), STATISTICS)
-    data = batches.DeviceBatches(made, 5, batches.CropFlip(8), world(), 0)
+    data = batches.DeviceBatches(made, 5, CropFlip(8), world(), 0)
     whole = list(data.epoch(2))
     for start in range(len(whole) + 1):
         rest = list(data.epoch(2, start))
@@ -232,7 +234,7 @@ def test_validation_split_is_held_out_of_the_training_images():
 
     args = Namespace(dataset="digits", data="", num_workers=0, val_split=0.2, few_ratio=None, batch_size=16, manual_seed=0,
                      limit_batches=None)  # fmt: skip
-    data = batches.load(args, world())
+    data = loading.load(args, world())
     train, held_out = data.train.images, data.val.images
     assert len(train) + len(held_out) == 1437 and abs(len(held_out) - 287) <= 1
     assert not {x.numpy().tobytes() for x in train} & {x.numpy().tobytes() for x in held_out}

@@ -12,6 +12,7 @@ from torchvision import io
 from torchvision.transforms import v2
 
 import imagefiles
+import loading
 import options
 from distributed import World
 from utils import UserError
@@ -56,11 +57,11 @@ def arguments(root, *more):
 
 def train(root, *more, world=WORLD):
     """Return training batches of the folder."""
-    return imagefiles.TrainBatches(imagefiles.find(root, "train"), arguments(root, *more), world)
+    return imagefiles.TrainBatches(imagefiles.find(root, train=True), arguments(root, *more), world)
 
 
 def test_every_colour_space_is_decoded(root):
-    files = imagefiles.find(root, "train")
+    files = imagefiles.find(root, train=True)
     assert len(files) == 12 and files.classes == [f"n{i:08d}" for i in range(4)]
     for path in files.paths:
         image, expected = imagefiles.decode(path.decode()), Image.open(path.decode())
@@ -99,7 +100,7 @@ def test_unreadable_images_are_skipped_and_named(damaged, capsys):
     told = capsys.readouterr().err
     assert told.startswith("skipped: ") and damaged[1] in told.splitlines()[0]
     assert told.splitlines()[-1] == "skipped 1 unreadable images"
-    test = imagefiles.load_test(arguments(damaged[0], "--skip-bad-images"), WORLD)
+    test = loading.load_test(arguments(damaged[0], "--skip-bad-images"), WORLD)
     assert [labels.tolist() for _, labels in test] == [[0, 2, 3]] and test.total == 3
 
 
@@ -117,7 +118,7 @@ def test_other_formats_than_jpeg_are_read_by_pillow(tmp_path):
 
 
 def test_unreadable_images_are_told_once(damaged, capsys):
-    test = imagefiles.load_test(arguments(damaged[0], "--skip-bad-images"), WORLD)
+    test = loading.load_test(arguments(damaged[0], "--skip-bad-images"), WORLD)
     for _ in range(2):
         assert sum(len(labels) for _, labels in test) == test.total == 3
     assert len(capsys.readouterr().err.splitlines()) == 2
@@ -127,11 +128,11 @@ def test_a_pass_without_a_readable_image_says_so(root):
     """Also with --skip-bad-images, and where there are fewer test images than processes."""
     for path in (shutil.copytree(root, root.parent / "unreadable") / "val").glob("*/*"):
         path.write_bytes(b"")
-    found = imagefiles.load_test(arguments(root.parent / "unreadable", "--skip-bad-images"), WORLD)
+    found = loading.load_test(arguments(root.parent / "unreadable", "--skip-bad-images"), WORLD)
     with pytest.raises(UserError, match="nor is any other image of this pass readable"):
         list(found)
     with pytest.raises(UserError, match=r"fewer test images \(4\) than processes \(5\)"):
-        imagefiles.load_test(arguments(root), World(0, 5, WORLD.device))
+        loading.load_test(arguments(root), World(0, 5, WORLD.device))
 
 
 def test_random_crops_are_torchvisions(root):
@@ -148,7 +149,7 @@ def test_random_crops_are_torchvisions(root):
 
 def test_decoding_a_batch_in_one_call(root):
     """The path of --decode device, on the CPU: the same crops, also where a file needs another decoder."""
-    files, flip = imagefiles.find(root, "train"), train(root).images.transform
+    files, flip = imagefiles.find(root, train=True), train(root).images.transform
     items = [(index, (0, 0, index)) for index in range(4)]
     expected = imagefiles.collate([imagefiles.Images(files, flip, False)[item] for item in items])
     encoded = imagefiles.EncodedImages(files, flip, False)

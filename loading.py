@@ -1,0 +1,99 @@
+"""From the command line's data set to batches: what is read, what is held out, and where it lives."""
+
+from typing import NamedTuple
+
+import torch
+
+import batches
+import datasets
+import distributed
+from augment import CropFlip, resized
+from utils import class_digest
+
+
+class Data(NamedTuple):
+    """What a run trains and is measured on; `val` is None unless training images are held out."""
+
+    train: object
+    val: object
+    test: object
+    num_classes: int
+    size: int
+    about: str = ""  # tells training sets apart
+
+
+def crop_flip(image_set):
+    """Return the augmentation of the CIFAR recipe for a set of training images."""
+    return CropFlip(image_set.size, flip=image_set.flip)
+
+
+def load(args, world, augmentation=crop_flip, test_size=None):
+    """Read the data set of `args`, once, and return its batches: a Data.
+
+    `augmentation` makes the augmentation of training images in memory from their ImageSet; test images in memory are
+    resized to `test_size` pixels a side where it is given.
+    """
+    train_set, test_set = read(args, world, train=True), read(args, world, train=False)
+    datasets.check_classes(test_set.classes, train_set.classes, "the test set", "the training set")
+    train_set, held_out = split(train_set, args, world)
+    if isinstance(train_set, datasets.ImageSet):
+        augment = augmentation(train_set)
+        train = batches.DeviceBatches(train_set, args.batch_size, augment, world, args.manual_seed, args.limit_batches)
+    else:
+        train = imagefiles().TrainBatches(train_set, args, world)
+    val = test_batches(held_out, args, world, test_size) if held_out else None
+    test = test_batches(test_set, args, world, test_size)
+    return Data(train, val, test, len(test.classes), test.size, about(train_set, test.size))
+
+
+def load_test(args, world, trained_size=None):
+    """Read the test images of the data set of `args` and return their batches.
+
+    An image folder's are read at `trained_size` pixels a side where it is given, else at its own size.
+    """
+    return test_batches(read(args, world, False, trained_size), args, world)
+
+
+def imagefiles():
+    """Return the module of ImageNet's files, imported where they are read: the transforms it uses take a second."""
+    import imagefiles
+
+    return imagefiles
+
+
+def read(args, world, train, size=None):
+    """Return a split of the data set of `args`: a datasets.ImageSet, or of ImageNet an imagefiles.FileSet."""
+    if args.dataset == "imagenet":
+        return imagefiles().find(args.data, train)
+    with distributed.first_alone(world):  # what has to be downloaded, one process downloads
+        return datasets.load(args.dataset, args.data, train, args.num_workers, size)
+
+
+def test_batches(images, args, world, size=None):
+    """Return batches of a forward pass without gradient over a split, in memory resized to `size` where it is given."""
+    if not isinstance(images, datasets.ImageSet):
+        return imagefiles().TestBatches(images, args, world)
+    if size:
+        images = resized(images, size)
+    return batches.TestBatches(images, max(args.batch_size, 256), world, args.limit_batches)
+
+
+def about(train_set, size):
+    """Return a text that tells training sets apart: their images' number and size, and their classes."""
+    names = train_set.classes
+    return f"{len(train_set)} images, {size} pixels, {len(names)} classes (digest {class_digest(names)})"
+
+
+def split(train_set, args, world):
+    """Return (training images, held-out images or None) of `--val-split` and `--few-ratio`."""
+    held_out = None
+    if args.val_split:
+        kept = datasets.stratified_share(train_set.labels, 1 - args.val_split)
+        left = torch.ones(len(train_set), dtype=torch.bool).index_fill(0, kept, False).nonzero().flatten()
+        train_set, held_out = train_set.subset(kept), train_set.subset(left)
+    if getattr(args, "few_ratio", None):
+        train_set = train_set.subset(datasets.stratified_share(train_set.labels, args.few_ratio))
+        if world.is_main:
+            counts = zip(train_set.classes, train_set.labels.bincount(minlength=len(train_set.classes)).tolist(), strict=True)
+            print("training images: " + ", ".join(f"{name} {count}" for name, count in counts))
+    return train_set, held_out
