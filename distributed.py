@@ -1,7 +1,7 @@
 """One process or many, by PyTorch's own launcher: the world of a run, its collectives and its entry point."""
 
 import contextlib
-import ctypes
+import errno
 import gc
 import logging
 import os
@@ -11,6 +11,8 @@ import sys
 import time
 from typing import NamedTuple
 from urllib.parse import urlparse
+
+import launcher  # isort: skip - before what takes seconds to import: it notes the parent, which may be killed meanwhile
 
 import torch
 import torch.distributed as dist
@@ -60,8 +62,8 @@ def setup(args):
         raise UserError(f"--gpu-id {args.gpu_id}: one process uses one GPU; several train with --multiprocessing-distributed")
     if device.type == "cpu" and size > 1 and getattr(args, "sync_bn", False):
         raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_launcher()
+    if launcher.is_torchrun():
+        launcher.end_with_parent(signal.SIGTERM, launcher.PARENT)
     if "RANK" in os.environ and not dist.is_initialized():
         chosen = backend(getattr(args, "dist_backend", None), world)
         join(chosen, device if chosen == "nccl" else None)
@@ -80,24 +82,6 @@ def check_environment(args):
             raise UserError(f"RANK is set, so this is one process of several, but {name} is {told!r}: start it by torchrun")
 
 
-def end_with_launcher():
-    """Get SIGTERM, on Linux, when the launcher ends: one that is killed cannot end its processes itself."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-def restarts():
-    """Return how often torchrun has started the processes again after one of this machine failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def launch():
-    """Return what names this launch of torchrun, the same after it has started the processes again; "" without torchrun."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name  # "none": it was given no name
-
-
 def join(chosen, device):
     """Join the process group; where torchrun may restart it, under keys that the dead processes have not written."""
     # Its functions' defaults keep the group that there is when it is imported, past `leave`.
@@ -111,7 +95,7 @@ def join(chosen, device):
     store = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), is_master=False)
     # Each machine counts the restarts that its own processes caused: of several, every rank counts its starts.
     one_machine = told["LOCAL_WORLD_SIZE"] == told["WORLD_SIZE"]
-    start = restarts() if one_machine else store.add(f"starts of {rank}", 1)
+    start = launcher.restarts() if one_machine else store.add(f"starts of {rank}", 1)
     store = dist.PrefixStore(f"start {start}", store)
     dist.init_process_group(chosen, store=store, rank=rank, world_size=size, device_id=device)
 
@@ -162,7 +146,7 @@ def relaunch(args, argv):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cores() // processes, 1)))
     # torchrun hands SIGTERM on to its processes, but not in every version SIGUSR1.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    launch = {
+    flags = {
         "nnodes": args.world_size,
         "node-rank": args.rank,
         "nproc-per-node": processes,
@@ -170,15 +154,15 @@ def relaunch(args, argv):
         "master-port": address.port,
     }
     try:
-        torchrun([*(f"--{name}={value}" for name, value in launch.items()), *argv])
+        torchrun([*(f"--{name}={value}" for name, value in flags.items()), *argv])
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        ended = {failure.exitcode: rank for rank, failure in error.failures.items()}
+        ended = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
         for status in (2, 143):
-            if status in ended:
+            if status in ended.values():
                 return status
-        told = ", ".join(f"process {rank} ended with status {status}" for status, rank in ended.items())
+        told = ", ".join(f"process {rank} ended with status {status}" for rank, status in ended.items())
         print(f"{os.path.basename(argv[0])}: error: {told}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:  # the processes tell it
@@ -208,13 +192,15 @@ def run(parse_args, main):
         if not is_first_process():
             os._exit(130)
         fail("interrupted", 130)
-    except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error):
-            fail(f"{first_line(error)}: lower --batch-size, or compute it in parts with --accumulate", 2)
-        if not lost_peer(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if lost_peer(error):
+            fail("another process of this run has ended", 1, wait=True)
+        told = machines_fault(error)
+        if not told:
             raise
-        fail("another process of this run has ended", 1, wait=True)
+        fail(*told)
     leave()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # all is done: what a scheduler asks for now must not kill
     if status is not None:
         sys.exit(status)
 
@@ -229,9 +215,17 @@ def leave():
         dist.destroy_process_group()
 
 
-def out_of_memory(error):
-    """Return whether a GPU's memory or the machine's did not suffice."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+def machines_fault(error):
+    """Return (line, exit status) for an error that tells what the machine lacks; None for others."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return f"{first_line(error)}: lower --batch-size, or compute it in parts with --accumulate", 2
+    if "DataLoader worker" in str(error):
+        return f"a process that reads images has ended ({first_line(error)}): with fewer --num-workers they take less memory", 1
+    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+        with contextlib.suppress(OSError):  # else what is still to be printed fails once more, when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"cannot write: {error.strerror}", 2
+    return None
 
 
 def lost_peer(error):
@@ -248,7 +242,7 @@ def fail(text, status, wait=False):
     if wait or not is_first_process():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE)
-    if not (wait and "TORCHELASTIC_RUN_ID" in os.environ):  # torchrun tells which process ended
+    if not (wait and launcher.is_torchrun()):  # it tells which process ended
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         sys.stdout.flush()
@@ -269,6 +263,24 @@ def sum_over_ranks(tensor):
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+def average_in_rank_order(size, bucket):
+    """Return a future of a DistributedDataParallel bucket's gradients averaged over `size` ranks, added in their order.
+
+    gloo's own sum has an order by a value's place in the bucket, and the buckets of a process's first step are not those
+    of its later ones: of three ranks a resumed run would not be, to the bit, the one that went through.
+    """
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(size)]
+    gathered = dist.all_gather(parts, bucket.buffer(), async_op=True)
+
+    def average(_):
+        first, *others = parts
+        for part in others:
+            first += part
+        return first.div_(size)
+
+    return gathered.get_future().then(average)
 
 
 def total(count, world):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import distributed
 import fast
+import launcher
 import runs
 import utils
 from metrics import Totals, evaluate, peak_memory, summary, training_sums
@@ -79,12 +80,15 @@ class Run:
         # Training reads no running statistics, and evaluation shares the first process's: no broadcast in each step.
         names = inspect.signature(DistributedDataParallel).parameters
         broadcast = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # its older name
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             **{broadcast: False},
         )
+        if device.type == "cpu":
+            wrapped.register_comm_hook(self.world.size, distributed.average_in_rank_order)
+        return wrapped
 
     def forward_eager(self, images, labels, epoch):
         """Return the loss of a batch and its training sums (name -> scalar)."""
@@ -192,10 +196,13 @@ def start(run):
     """Claim the run folder and bring the run to its starting point: fresh, or where its checkpoint stands."""
     args = run.args
     # After a failure torchrun starts the processes again, without --resume.
-    found = distributed.gather_objects((distributed.restarts(), run.folder.is_of(distributed.launch())))
-    args.resume = args.resume or (any(restarts for restarts, _ in found) and found[0][1])
+    here = launcher.name()
+    launches, restarts, claimed = zip(
+        *distributed.gather_objects((here, launcher.restarts(), run.folder.is_of(here))), strict=True
+    )
+    args.resume = args.resume or (any(restarts) and any(claimed))
     if run.world.is_main:
-        run.folder.claim(args.resume, distributed.launch())
+        run.folder.claim(args.resume, launches)
     distributed.barrier()
     if args.resume and run.folder.last.exists():
         runs.restore(run)

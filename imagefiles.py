@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 import batches
 import datasets
 import distributed
+import launcher
 from utils import UserError
 
 try:
@@ -154,7 +155,11 @@ def collate_encoded(found):
 
 
 def stay(leaving, _):
-    """Let a worker outlive the signals that a scheduler sends to all processes: training saves itself, then ends it."""
+    """Let a worker outlive the signals that a scheduler sends to all processes: training saves itself, then ends it.
+
+    Where training is killed it ends at once: it holds the lock of the run folder, which a resumed run waits for.
+    """
+    launcher.end_with_parent(signal.SIGKILL, os.getppid())
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
 
@@ -243,8 +248,9 @@ class TrainBatches(FileBatches):
         return self.steps
 
     def epoch(self, epoch, start=0):
-        """Yield (images, labels) of this rank from step `start` of `epoch` on."""
-        return self.read(self.items(epoch, start))
+        """Return an iterator of (images, labels) of this rank from step `start` of `epoch` on."""
+        # A run stopped after an epoch's last step starts no workers for nothing.
+        return self.read(self.items(epoch, start)) if start < self.steps else iter(())
 
     def items(self, epoch, start=0):
         """Yield each step's list of (index, (seed, epoch, position)) of this rank."""

@@ -4,8 +4,9 @@ import fcntl
 import json
 import math
 import os
+import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -60,13 +61,13 @@ class RunFolder:
         self.lock = None
 
     def is_of(self, launch):
-        """Return whether it was `launch`, a name, that claimed the folder last."""
+        """Return whether `launch`, a name, is of those that claimed the folder last."""
         with suppress(OSError):
-            return bool(launch) and (self.path / ".lock").read_text() == launch
+            return launch in (self.path / ".lock").read_text().splitlines()
         return False
 
-    def claim(self, resume, launch=""):
-        """Create or reopen the folder for a launch; raise utils.UserError where it holds another run or one in progress."""
+    def claim(self, resume, launches=()):
+        """Create or reopen the folder for `launches`, their names; UserError where it holds another run or one in progress."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until the process ends
@@ -81,7 +82,7 @@ class RunFolder:
         if self.last.exists() or self.best.exists() or read_log(self.log):
             self.check_continued(resume)
         self.lock.truncate(0)
-        self.lock.write(launch)
+        self.lock.write("\n".join(sorted(set(launches))))
         self.lock.flush()
 
     def check_continued(self, resume):
@@ -161,6 +162,9 @@ class RunLog:
 
         self.path = folder.log
         kept = [entry for entry in read_log(self.path) if entry["epoch"] <= epochs_done]
+        if len(kept) < epochs_done:
+            told = f"warning: {self.path}: {epochs_done - len(kept)} of the {epochs_done} epochs trained so far are missing"
+            print(told, file=sys.stderr, flush=True)
         write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         try:
             self.events = SummaryWriter(str(folder.path), purge_step=epochs_done + 1)
@@ -215,6 +219,16 @@ def checkpoint_of(run):
     )
 
 
+@contextmanager
+def its_own(path):
+    """Turn what fails in reading the content of a checkpoint that another program wrote into a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
+        told = f"{path}: no checkpoint of this project to resume from ({utils.first_line(error)})"
+        raise utils.UserError(told) from None
+
+
 def restore(run):
     """Bring an engine.Run to where its folder's last checkpoint stands; UserError where that is another run's."""
     try:
@@ -228,9 +242,10 @@ def restore(run):
         raise utils.UserError(f"--resume: the run in {run.folder.path} has other training images: {told}")
     if content.get("teacher_digest") != run.teacher_digest:
         raise utils.UserError(f"--resume: the run in {run.folder.path} has a teacher of other weights: use --tag")
-    try:
+    with its_own(run.folder.last):
         run.precision = TYPES[content["precision"].replace("None", "float32")]  # as earlier checkpoints call it
-        run.prepare()
+    run.prepare()
+    with its_own(run.folder.last):
         run.optimizer.load_state_dict(content["optimizer"])
         run.scaler.load_state_dict(content["scaler"])
         saved = content["objective"]
@@ -239,10 +254,6 @@ def restore(run):
         run.totals.load_state_dict(content["totals"], run.world.is_main)
         run.best, run.last_accuracy = content["best"], content["acc"]
         torch.set_rng_state(content["rng"]["torch"])
-    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise utils.UserError(
-            f"{run.folder.last}: no checkpoint of this project to resume from ({utils.first_line(error)})"
-        ) from None
     done = run.epoch + (run.step_in_epoch > 0)
     if done > run.args.epochs:
         raise utils.UserError(f"--epochs {run.args.epochs}: the run in {run.folder.path} is in epoch {done} already")

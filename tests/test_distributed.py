@@ -1,5 +1,6 @@
 """Several processes on the CPU: gradients, metrics, launchers, preemption and the death of a process."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -100,6 +101,30 @@ def test_averaged_gradients_of_two_ranks(tmp_path):
         torch.testing.assert_close(found[0][name], (value + second[name]) / 2, rtol=1e-4, atol=1e-6)
 
 
+def rank_wrapped_anew(rank, folder):
+    """Save the weights after three steps, and after three of which the last two are a resumed process's."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    draw = torch.Generator().manual_seed(rank)
+    images, labels = torch.randn(4, 3, 32, 32, generator=draw), torch.randint(0, 10, (4,), generator=draw)
+    for resumed in (False, True):
+        made = small_run(distributed.World(rank, 3, torch.device("cpu")))
+        for step in range(3):
+            if resumed and step == 1:
+                made.wrapped = made.wrap()
+            made.step(images, labels, 0)
+        torch.save(made.model.state_dict(), f"{folder}/{rank}_{resumed}.pt")
+    dist.destroy_process_group()
+
+
+def test_three_ranks_resume_to_the_bit(tmp_path):
+    """DistributedDataParallel rearranges its buckets after a process's first step, which must not change any sum."""
+    mp.spawn(rank_wrapped_anew, (str(tmp_path),), nprocs=3)
+    expected, *found = (torch.load(tmp_path / f"{rank}_{resumed}.pt") for resumed in (False, True) for rank in range(3))
+    for weights in found:
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
 def gloo_threads():
     """Return how many of this process's threads are the process group's."""
     return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
@@ -140,6 +165,7 @@ def test_accumulated_parts_equal_the_large_batch():
 def test_sync_bn_keeps_weights_and_keys(monkeypatch):
     """Every BatchNorm takes its statistics over all processes; parameters, optimizer and checkpoint are the same."""
     monkeypatch.setattr(engine, "DistributedDataParallel", lambda model, **_: model)
+    monkeypatch.setattr(torch.nn.Module, "register_comm_hook", lambda *_: None, raising=False)
     plain, synced = small_run(WORLD), small_run(WORLD._replace(size=2), flags=["--sync-bn"])
     norms = [m for m in synced.wrapped.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert norms and all(type(norm) is torch.nn.SyncBatchNorm for norm in norms)
@@ -288,8 +314,9 @@ def ranks_of(launcher):
     """Return rank -> process id of a launcher's processes."""
     found = {}
     for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        found.update({int(v.removeprefix("RANK=")): int(pid) for v in variables if v.startswith("RANK=")})
+        with contextlib.suppress(OSError):  # one that has ended
+            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            found.update({int(v.removeprefix("RANK=")): int(pid) for v in variables if v.startswith("RANK=")})
     return found
 
 
@@ -326,6 +353,37 @@ def test_processes_of_a_killed_launcher_save_and_end(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError where a process holds it
     order = utils.read_checkpoint(tmp_path / FOLDER / "resnet8.pth.tar")["order"]
     assert order["step"] > 0 and order["epoch"] >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells a process of its parent's end")
+def test_processes_whose_launcher_is_killed_before_they_know_it_end(tmp_path):
+    """They are still importing; left alone they would wait for it, or take part in the next launch with its address."""
+    killed = launch(published(baseline(tmp_path, "--epochs", 50, "--milestones", 40)))
+    while len(ranks_of(killed)) < 2:
+        assert killed.poll() is None
+    killed.kill()
+    told, _ = killed.communicate(timeout=60)  # ends when its processes, which share its output, have ended
+    assert "epoch 1/50" not in told
+
+
+def test_what_the_machine_lacks_is_one_line():
+    """A data worker killed for memory and a full disk; of other errors the traceback is wanted."""
+    worker = RuntimeError("DataLoader worker (pid(s) 1234) exited unexpectedly")
+    assert "fewer --num-workers" in distributed.machines_fault(worker)[0]
+    for error in (RuntimeError("shape mismatch"), OSError(2, "no file")):
+        assert distributed.machines_fault(error) is None
+
+
+def test_a_closed_output_is_one_line():
+    """As of `train_x.py | head -1`; nothing fails once more when the interpreter ends."""
+    code = """from types import SimpleNamespace as Args; import distributed
+def main(args, world):
+    while True: print("epoch", flush=True)
+distributed.run(lambda: Args(gpu_id=None), main)"""
+    process = launch([sys.executable, "-c", code])
+    process.stdout.close()
+    assert process.stderr.read().splitlines()[1:] == ["-c: error: cannot write: Broken pipe"]
+    assert process.wait(timeout=60) == 2
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from PIL import Image
 from scripts import QUICK, QUICK_RUN, log_lines, run, save_teacher, status
 
 import engine
+import launcher
 import losses
 import models
 import runs
@@ -161,6 +162,17 @@ def test_crash_between_log_and_checkpoint_logs_each_epoch_once(tmp_path, monkeyp
         file.write('{"epoch": 3, "half a li')
     run("train_teacher_cifar", *argv, "--resume")
     assert_same_run(tmp_path / TEACHER_RUN, whole_teacher)
+
+
+def test_a_lost_log_is_told(tmp_path, capsys, whole_teacher):
+    """And goes on with the epochs that are still to come; one that holds all is not warned of."""
+    shutil.copytree(whole_teacher, tmp_path / TEACHER_RUN)
+    run("train_teacher_cifar", *TEACHER, "--checkpoint-dir", tmp_path, "--resume")
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / TEACHER_RUN / "log.jsonl").unlink()
+    run("train_teacher_cifar", *TEACHER, "--checkpoint-dir", tmp_path, "--resume")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "log.jsonl: 3 of the 3 epochs trained so far are missing" in told
 
 
 def test_finished_run_resumed_stays_as_it_is(whole_teacher, capsys):
@@ -314,12 +326,13 @@ def test_other_training_images_are_another_run(tmp_path, capsys):
 
 
 def test_restarts_of_a_launch_take_up_its_own_folder_alone(tmp_path, capsys, monkeypatch):
+    """Another launch may have the same --rdzv-id."""
     argv = [*QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     run("train_teacher_cifar", *argv)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run("train_teacher_cifar", *argv)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    monkeypatch.setattr(launcher, "PARENT", 1)
     with pytest.raises(utils.UserError, match="already holds a run"):
         run("train_teacher_cifar", *argv)
 
