@@ -63,9 +63,8 @@ def fold_batchnorm(network, size):
     device = next(network.parameters()).device
     for conv, norm in foldable(network, torch.zeros(1, 3, size, size, device=device)):
         fused = nn.utils.fuse_conv_bn_eval(network.get_submodule(conv), network.get_submodule(norm))
-        for name, module in ((conv, fused), (norm, nn.Identity())):
-            parent, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(parent), leaf, module)
+        network.set_submodule(conv, fused)
+        network.set_submodule(norm, nn.Identity())
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 

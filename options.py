@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -91,28 +92,32 @@ def tag(text):
     return text
 
 
+path = os.path.expanduser  # a shell leaves the ~ of --data=~/images to the program
+
+
 def base_parser(script, description, arch, dataset_name="cifar100"):
     """Return a parser with the flags that every script reads: data, network, device. `script` is its file."""
     parser = Parser(description, prog=Path(script).name)
     parser.set_defaults(script=Path(script).stem)
-    add = parser.add_argument
-    add("--data", default="./data", help="folder of the data set")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=path, default="./data", help="folder of the data set")
     add("--dataset", type=dataset, default=dataset_name, help=", ".join(DATASETS))
-    add("--arch", type=architecture, default=arch, help="architecture of the network")
     add("--batch-size", type=positive, default=64, help="images a step, over all processes")
+    add("--limit-batches", type=positive, help="stop every pass after this many batches (quick trials)")
     add("--num-workers", type=natural, default=4, help="threads or processes that decode image files")
-    add("--gpu-id", type=gpu_ids, help="GPU to use, or several: 0,1,2,3")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="precision of the networks' arithmetic")
     add("--decode", choices=["cpu", "device"], default="cpu", help="imagenet: where JPEG files are decoded")
     add("--skip-bad-images", action="store_true", help="imagenet: go on without unreadable images, and name them")
-    add("--limit-batches", type=positive, help="stop every pass after this many batches (quick trials)")
+    add = parser.add_argument_group("network and device").add_argument
+    add("--arch", type=architecture, default=arch, help="architecture of the network")
+    add("--gpu-id", type=gpu_ids, help="GPU to use, or several: 0,1,2,3")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="precision of the networks' arithmetic")
     return parser
 
 
 def training_parser(script, description, arch, dataset_name="cifar100", epochs=240, milestones=(150, 180, 210)):
     """Return the parser of a training script: the base flags, the recipe, runs and processes."""
     parser = base_parser(script, description, arch, dataset_name)
-    add = parser.add_argument
+    add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=positive, default=epochs, help="passes over the training images")
     add("--manual_seed", type=seed, default=0, help="seed of weights, data order and augmentation")
     add("--init-lr", type=above_zero, help="initial learning rate; default by the recipe of the architecture")
@@ -122,7 +127,8 @@ def training_parser(script, description, arch, dataset_name="cifar100", epochs=2
     add("--val-split", type=below_one, default=0.0, help="select the best epoch on this share of training images")
     add("--accumulate", type=positive, default=1, help="parts that a batch is computed in, to save memory")
     add("--compile", action="store_true", help="compile the training step")
-    add("--checkpoint-dir", default="./checkpoint", help="folder of the run folders")
+    add = parser.add_argument_group("run folder").add_argument
+    add("--checkpoint-dir", type=path, default="./checkpoint", help="folder of the run folders")
     add("--tag", type=tag, help="suffix of the run folder's name")
     add("--resume", action="store_true", help="go on with the run in the run folder")
     add("--evaluate", action="store_true", help="test the run folder's best weights and stop")
@@ -132,8 +138,8 @@ def training_parser(script, description, arch, dataset_name="cifar100", epochs=2
 
 
 def add_distributed(parser):
-    """Add the published flags of runs on several devices or machines (torchrun needs none of them)."""
-    add = parser.add_argument
+    """Add the published flags of runs on several devices or machines."""
+    add = parser.add_argument_group("several processes (torchrun needs none of these but --sync-bn)").add_argument
     add("--multiprocessing-distributed", action="store_true", help="one process for each id of --gpu-id")
     add("--dist-url", default="tcp://127.0.0.1:23456", help="address of the first machine")
     add("--dist-backend", choices=["nccl", "gloo"], help="collectives; default nccl on GPUs, gloo on CPUs")
@@ -154,7 +160,7 @@ def add_few_ratio(parser, default=None):
 
 def add_freezing(parser):
     """Add the flags of a teacher script: its heads, and whether they alone train, on a backbone that stays as it is."""
-    parser.add_argument("--pretrained-backbone", help="weights of the backbone to start from")
+    parser.add_argument("--pretrained-backbone", type=path, help="weights of the backbone to start from")
     parser.add_argument("--rotations", type=int, choices=[1, 4], default=4, help="views a head tells apart (DPCD: 1)")
     parser.add_argument("--freezed", action="store_true", help="keep the backbone frozen and in eval mode")
 

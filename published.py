@@ -2,10 +2,12 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
+import models
+
 TABLE = Path(__file__).resolve().parent / "results" / "published_results.json"
-ALIASES = {"mbv2": "mobilenetV2", "shufflev1": "ShuffleV1", "shufflev2": "ShuffleV2", "vgg13_bn": "vgg13", "vgg8_bn": "vgg8"}
 
 
 def read_json(path):
@@ -19,11 +21,10 @@ def read_json(path):
 
 def plain(arch):
     """Return the published name of an architecture: no auxiliary heads, one network of a mutual pair."""
-    parts = str(arch).split("_")
-    half = len(parts) // 2
-    name = "_".join(parts[:half] if parts[:half] == parts[half:] else parts)
-    name = re.sub("^WRN", "wrn", name.removesuffix("_aux").removesuffix("_imagenet"))
-    return ALIASES.get(name, name)
+    name = str(arch)
+    with suppress(ValueError):  # one that is unknown here
+        name = models.backbone_name(name)
+    return name.removesuffix("_imagenet").removesuffix("_bn")
 
 
 def source_args(path):

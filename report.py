@@ -182,12 +182,10 @@ def write_csv(path, rows):
 
 def plot(path, groups):
     """Draw test top-1 against the epoch, a labelled line a run; ImportError without matplotlib."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 6))
+    figure = Figure(figsize=(9, 6))
+    axes = figure.subplots()
     for label, settings, runs in groups:
         for run in runs:
             points = [(entry["epoch"], entry["test/top1"]) for entry in run.epochs if is_number(entry.get("test/top1"))]
@@ -197,7 +195,6 @@ def plot(path, groups):
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def parse_args():
