@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+import archives
 from utils import UserError, first_line
 
 CIFAR100_STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STL10_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+ARCHIVES = {"cifar100": CIFAR100_STATISTICS, "cifar10": CIFAR10_STATISTICS, "stl10": STL10_STATISTICS}
 DIGITS_STATISTICS = ((0.3054,) * 3, (0.3237,) * 3)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # torchvision's, and GIF
 SMALLEST, LARGEST_IN_MEMORY = 8, 96  # pixels a side
@@ -73,28 +75,6 @@ def in_memory(images, labels, classes, statistics, flip=True):
     return ImageSet(labels, lambda i: images[i], list(classes), statistics, images.shape[-1], flip)
 
 
-def from_torchvision(kind, root, train):
-    """Return a split of torchvision's CIFAR-10/100 (downloaded on demand) or STL-10 (binary files)."""
-    from torchvision import datasets as tv
-
-    try:
-        if kind == "stl10":
-            found = tv.STL10(root, split="train" if train else "test", download=not os.path.isdir(f"{root}/stl10_binary"))
-            return in_memory(torch.from_numpy(found.data), found.labels, found.classes, STL10_STATISTICS)
-        maker = tv.CIFAR100 if kind == "cifar100" else tv.CIFAR10
-        folder = Path(root) / maker.base_folder
-        found = maker(root, train=train, download=not folder.is_dir())  # what is there, however damaged, is not overwritten
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        place = {"stl10": "stl10_binary", "cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}[kind]
-        place = Path(root) / place
-        if place.is_dir():
-            raise UserError(f"{place} is damaged or incomplete: move it away, to download or unpack {kind} again") from None
-        raise UserError(f"{kind}: unpack its archive so that {place} exists ({first_line(error)})") from None
-    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-    statistics = CIFAR100_STATISTICS if kind == "cifar100" else CIFAR10_STATISTICS
-    return in_memory(images, found.targets, found.classes, statistics)
-
-
 def digits(root, train):
     """Return a split (80/20, stratified, fixed) of scikit-learn's 1,797 digits, scaled to 3 x 32 x 32; `root` is unused."""
     from sklearn.datasets import load_digits
@@ -127,14 +107,18 @@ def files_below(folder):
         yield from (Path(at) / file for file in files if not file.startswith("."))
 
 
+def class_names(folder):
+    """Return the sorted names of the class folders in `folder`; none where it does not exist."""
+    found = os.scandir(folder) if os.path.isdir(folder) else ()
+    return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
+
+
 def class_folders(folder):
     """Return the sorted class folders below `folder` and every image as (path, class number).
 
     Raises UserError for a class without images, which would be a class that no network is ever shown.
     """
-    folder = Path(folder)
-    found = os.scandir(folder) if folder.is_dir() else ()
-    names, samples = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith(".")), []
+    folder, names, samples = Path(folder), class_names(folder), []
     for number, name in enumerate(names):
         images = [(str(file), number) for file in sorted(files_below(folder / name)) if file.suffix.lower() in EXTENSIONS]
         if not images:
@@ -183,14 +167,14 @@ def image_size(paths):
 
 
 def image_folder(folders, train, workers, statistics, size=None):
-    """Return a split of `train/<class>/*` and the first test folder that exists of `folders[1:]`.
+    """Return a split of `train/<class>/*` and the first test folder of `folders[1:]` that has classes.
 
     Where there is no `train`, the test folder stands alone.
     """
-    test = next((folder for folder in folders[1:] if os.path.isdir(folder)), folders[-1])
+    test = next((folder for folder in folders[1:] if class_names(folder)), folders[-1])
     alone = not train and not os.path.isdir(folders[0])
     names, samples = class_folders(test if alone else folders[0])
-    if not samples or not (train or os.path.isdir(test)):
+    if not samples or not (train or class_names(test)):
         raise UserError(f"no images: put them at {folders[0]}/<class>/* and {test}/<class>/*")
     size = size or image_size([path for path, _ in samples])
     if size < SMALLEST:
@@ -213,8 +197,9 @@ def load(name, root, train, workers=4, size=None):
 
     `size` is the side that image files are read at, by default that which suits them.
     """
-    if name in ("cifar10", "cifar100", "stl10"):
-        return from_torchvision(name, root, train)
+    if name in ARCHIVES:
+        images, labels, classes = archives.load(name, root, train)
+        return in_memory(torch.from_numpy(images), labels, classes, ARCHIVES[name])
     if name == "digits":
         return digits(root, train)
     root = Path(root)
@@ -222,7 +207,7 @@ def load(name, root, train, workers=4, size=None):
         root = root / "tiny-imagenet-200"
     folders = [root / "train", root / "val_sorted", root / "val", root / "test"]
     if name == "tinyimagenet":
-        if (root / "val" / "images").is_dir() and not folders[1].is_dir():
+        if (root / "val" / "images").is_dir() and not class_names(folders[1]):
             raise UserError(f"{root}: sort its validation images first: python data/preprocess_tinyimagenet.py {root}")
         folders.pop()
     return image_folder([str(f) for f in folders], train, workers, IMAGENET_STATISTICS, size)

@@ -39,7 +39,7 @@ def add_arguments(parser, tarch="wrn_40_2_aux"):
     add = parser.add_argument
     number = options.not_negative
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
-    add("--tcheckpoint", required=True, help="trained weights of the teacher")
+    add("--tcheckpoint", type=options.path, required=True, help="trained weights of the teacher")
     add("--net", type=int, choices=[1, 2], default=1, help="network of a mutual pair's weights in --tcheckpoint")
     add("--method", choices=list(METHODS), default="hsakd")
     add("--kd_T", type=options.above_zero, help="temperature; default 3 for hsakd and dpcd, 4 for kd and dkd (1 on ImageNet)")

@@ -128,20 +128,8 @@ class RunFolder:
 
     def write_settings(self):
         """Write the run's settings."""
-        write_text(self.arguments, json.dumps(self.settings, indent=1) + "\n")
-
-
-def write_text(path, text):
-    """Write a small file so that a crash at any moment leaves the old one or the new one; UserError if it cannot."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise utils.UserError(f"cannot write {path}: {error.strerror}") from None
+        with utils.replacing(self.arguments, "w") as file:
+            file.write(json.dumps(self.settings, indent=1) + "\n")
 
 
 def read_log(path):
@@ -165,7 +153,8 @@ class RunLog:
         if len(kept) < epochs_done:
             told = f"warning: {self.path}: {epochs_done - len(kept)} of the {epochs_done} epochs trained so far are missing"
             print(told, file=sys.stderr, flush=True)
-        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        with utils.replacing(self.path, "w") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in kept)
         try:
             self.events = SummaryWriter(str(folder.path), purge_step=epochs_done + 1)
         except OSError as error:

@@ -13,32 +13,45 @@ import time
 import numpy as np
 import torch
 
+import datasets
 import distributed
 import loading
+import methods
 import models
 import options
 import utils
 from metrics import cost, evaluate
 from precision import resolve_precision
 
-METHODS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (heads over class and rotation)"}
+KINDS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (heads over class and rotation)"}
 
 
 def parse_args(argv=None):
     """Parse the command line."""
     parser = options.base_parser(__file__, __doc__, arch="wrn_16_2_aux")
     parser.set_defaults(amp="off")
-    parser.add_argument("--student-weights", required=True, help="weights to test")
-    parser.add_argument("--net", type=int, choices=[1, 2], default=1, help="network of a mutual pair's weights")
-    parser.add_argument("--export-backbone", metavar="FILE", help="write the backbone out as a plain checkpoint")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add = parser.add_argument
+    add("--student-weights", type=options.path, required=True, help="weights to test")
+    add("--net", type=int, choices=[1, 2], default=1, help="network of a mutual pair's weights")
+    add("--export-backbone", type=options.path, metavar="FILE", help="write the backbone out as a plain checkpoint")
+    add("--json", action="store_true", help="print one JSON object")
     args = options.finish(parser, argv)
     if models.is_pair(args.arch):
         args.arch = models.member_name(args.arch)
-    written = [args.export_backbone, f"{args.export_backbone}.tmp"] if args.export_backbone else []
-    if os.path.realpath(args.student_weights) in map(os.path.realpath, written):
-        parser.error("--export-backbone would overwrite --student-weights")
+    if args.export_backbone is not None:
+        check_export(parser, args.export_backbone, args.student_weights)
     return args
+
+
+def check_export(parser, path, weights):
+    """Exit with one line where the backbone could not be written to `path`, or would overwrite the tested `weights`."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        parser.error(f"--export-backbone: cannot write {path}: no such folder: {folder}")
+    if not os.path.basename(path) or os.path.isdir(path):
+        parser.error(f"--export-backbone: cannot write {path!r}: expected the name of a file")
+    if os.path.realpath(weights) in map(os.path.realpath, (path, f"{path}.tmp")):
+        parser.error("--export-backbone would overwrite --student-weights")
 
 
 def export_backbone(network, result, path):
@@ -53,11 +66,31 @@ def recorded(content):
     found = {}
     for key in ("epoch", "acc"):
         value = content.get(key)
-        if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
+        if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
             value = value.item()
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             found[f"recorded_{key}"] = value
     return found
+
+
+def trained_size(content):
+    """Return the side in pixels of the images that the weights were trained on, or None where the file says none."""
+    size = content.get("size")
+    known = (*range(datasets.SMALLEST, datasets.LARGEST_IN_MEMORY + 1), 224)
+    return size if type(size) is int and size in known else None  # a foreign file's `size` may be anything
+
+
+def method_of(content, rotations):
+    """Return the method that a checkpoint's dict names, if it is one known here, else what the weights' heads tell."""
+    method = content.get("method")
+    return method if isinstance(method, str) and method in methods.METHODS else KINDS[rotations]
+
+
+def finite(value):
+    """Return `value` with None for every number within its dicts that JSON has no word for: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(args, world):
@@ -66,7 +99,7 @@ def main(args, world):
     network = models.create(args.arch, num_classes, rotations or 4)
     content = utils.load_weights(network, args.student_weights, args.net)
     network = network.to(world.device, memory_format=torch.channels_last).eval()
-    images = loading.load_test(args, world, trained_size=content.get("size"))
+    images = loading.load_test(args, world, trained_size(content))
     if len(images.classes) != num_classes:
         raise utils.UserError(f"{args.student_weights}: {num_classes} classes, but {args.dataset} has {len(images.classes)}")
     utils.warn_of_other_classes(content, images.classes, args.student_weights)
@@ -79,7 +112,7 @@ def main(args, world):
         "arch": args.arch,
         "dataset": args.dataset,
         "num_classes": num_classes,
-        "method": content.get("method") or METHODS[rotations if models.is_aux(args.arch) else None],
+        "method": method_of(content, rotations if models.is_aux(args.arch) else None),
         **recorded(content),
         "images": images.total,
         **tested,
@@ -88,7 +121,7 @@ def main(args, world):
     }
     if not world.is_main:
         return
-    print(json.dumps(result) if args.json else "\n".join(lines(result)), flush=True)
+    print(json.dumps(finite(result)) if args.json else "\n".join(lines(result)), flush=True)
     if args.export_backbone:
         export_backbone(network, result, args.export_backbone)
 

@@ -1,6 +1,5 @@
 """Weights, checkpoints, seeds, users' mistakes and the learning-rate schedule."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -11,25 +10,13 @@ import re
 import sys
 import warnings
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
 
 import models
-
-# What a published checkpoint may hold beside tensors: numpy numbers and arrays (an accuracy) and the parsed arguments.
-SAFE_TYPES = [
-    argparse.Namespace,
-    np.ndarray,
-    np.dtype,
-    type(np.dtype("float64")),
-    type(np.dtype("float32")),
-    type(np.dtype("int64")),
-]
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    for _name, _value in (("scalar", np.float64(0)), ("_reconstruct", np.zeros(1))):
-        SAFE_TYPES.append((_value.__reduce__()[0], f"{_module}.{_name}"))
+import pickles
 
 HEAD_WEIGHT = r"(fc\d?|linear|classifier)\.weight$"  # the last layer of every network here
 
@@ -58,9 +45,22 @@ def learning_rate(args, epoch, progress=0.0):
 
 
 def first_line(error):
-    """Return the first line of an error's message, shortened; its type where it has none."""
+    """Return the first line of an error's message, shortened; its type where it has none, and with it where it has no word."""
+    if isinstance(error, EOFError) and not str(error):
+        return "it ends too early"
     text = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # torch's own message begins with advice
-    return (text.strip().splitlines() or [type(error).__name__])[0][:120]
+    text = (text.strip().splitlines() or [""])[0][:120]
+    return text if re.search("[a-zA-Z]", text) else f"{type(error).__name__} {text}".strip()
+
+
+def check_format(path):
+    """Raise UserError unless the file at `path` begins as PyTorch's do: a zip archive or, before PyTorch 1.6, a pickle."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if not start:
+        raise UserError(f"{path}: an empty file")
+    if not start.startswith((b"PK", b"\x80")):
+        raise UserError(f"{path}: not a PyTorch file (it begins with {str(start)[1:]})")
 
 
 def read_checkpoint(path):
@@ -68,15 +68,21 @@ def read_checkpoint(path):
     if not path or not os.path.isfile(path):
         raise UserError(f"{path} is a folder, not a file" if path and os.path.isdir(path) else f"no such file: {path}")
     try:
+        check_format(path)
         damaged = None
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch reads without comparing checksums
-        with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
+        known = [(stand_in, name) for name, stand_in in pickles.CHECKPOINT.items()]
+        with torch.serialization.safe_globals(known), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: not a checkpoint that loads safely ({first_line(error)})") from None
+        # Torch tells the number of the instruction.
+        reason = re.sub(r"^Unsupported operand.*", "damaged, or no checkpoint that torch.save wrote", first_line(error))
+        raise UserError(f"{path}: not a checkpoint that loads safely ({reason})") from None
     except Exception as error:  # damaged files make the unpickler fail in a dozen ways
         raise UserError(f"{path}: corrupt or not a checkpoint ({first_line(error)})") from None
     if damaged:
@@ -187,19 +193,31 @@ def weights_layout(path):
     return classes[0], joint[0] // classes[0] if joint else None
 
 
-def save_checkpoint(content, path):
-    """Write `content` to `path` so that a crash at any moment leaves the old file or the new one; UserError if it cannot."""
+@contextmanager
+def replacing(path, mode="wb"):
+    """Yield a file that is put at `path` when the block has written it; UserError if it cannot be.
+
+    A crash at any moment leaves the old file or the new one.
+    """
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
+        with open(temporary, mode) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+    except (OSError, RuntimeError) as error:
         with suppress(OSError):
             os.remove(temporary)
-        raise UserError(f"cannot write {path}: {first_line(error)}") from None
+        # Of a full disk torch's writer tells no more than where it stands.
+        told = getattr(error, "strerror", None) or f"{first_line(error)}; is the disk full?"
+        raise UserError(f"cannot write {path}: {told}") from None
+
+
+def save_checkpoint(content, path):
+    """Write `content` to `path` as torch.save does, whole or not at all; UserError if it cannot be written."""
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def to_cpu(value):

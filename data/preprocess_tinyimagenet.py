@@ -14,17 +14,33 @@ from pathlib import Path
 PARTIAL = ".val_sorted.partial"
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit status 2."""
+
+    def error(self, message):
+        """Print `message` as one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def default_folder():
     """Return `tiny-imagenet-200` in the current directory, or beside this script if it is only there."""
     here, beside = Path("tiny-imagenet-200"), Path(__file__).resolve().parent / "tiny-imagenet-200"
     return beside if beside.is_dir() and not here.is_dir() else here
 
 
+def read_text(path):
+    """Return the text of a file; ValueError naming it where it is not UTF-8."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}): unpack tiny-imagenet-200.zip again") from None
+
+
 def read_classes(folder):
     """Return the class names of `wnids.txt`; ValueError if this is not TinyImageNet or training classes are missing."""
     if not (folder / "wnids.txt").is_file() or not (folder / "val").is_dir():
         raise ValueError(f"{folder} is not TinyImageNet: it has no wnids.txt or no val/ (unpack tiny-imagenet-200.zip)")
-    classes = set((folder / "wnids.txt").read_text().split())
+    classes = set(read_text(folder / "wnids.txt").split())
     lacking = sorted(name for name in classes if not (folder / "train" / name).is_dir())
     if not classes or lacking:
         raise ValueError(
@@ -37,7 +53,7 @@ def read_classes(folder):
 def read_annotations(path, classes):
     """Return {image name: class} of `val_annotations.txt`; ValueError on a bad line or a class without images."""
     labels = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         image, _, rest = line.partition("\t")
@@ -106,14 +122,17 @@ def prepare(folder):
 
 
 def main():
-    """Run from the command line; exit status 2 after one line on stderr if the folder is not usable."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run from the command line; one line on stderr and exit status 2 if the folder is not usable, 130 if interrupted."""
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, help="default: tiny-imagenet-200, here or beside this script")
     try:
         print(prepare(parser.parse_args().folder or default_folder()))
     except (OSError, ValueError) as error:
         print(f"preprocess_tinyimagenet: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("preprocess_tinyimagenet: interrupted: run it again", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -91,14 +91,15 @@ def create(name: str, num_classes: int, rotations: int = 4) -> nn.Module:
     """Return a freshly initialised network; ValueError listing the nearest names for an unknown one.
 
     The output forms are those of `Backbone`, `AuxiliaryNet` and `MutualPair`; a plain backbone ignores `rotations`.
+    `arch` of the network, and of every network within it, is its name.
     """
     if is_pair(name):
         member = member_name(name)
         network = MutualPair(create(member, num_classes, rotations), create(member, num_classes, rotations))
+    elif is_aux(name):
+        network = AuxiliaryNet(create(backbone_name(name), num_classes), num_classes, rotations)
     else:
         network = _BACKBONES[backbone_name(name)](num_classes=num_classes)
-        if is_aux(name):
-            network = AuxiliaryNet(network, num_classes, rotations)
     network.arch = name
     return network
 

@@ -2,9 +2,22 @@
 
 import os
 
+import pytest
+
 
 def pytest_configure(config):
     """Hide the GPUs, from the processes that tests start as well, before PyTorch looks for them."""
     config.addinivalue_line("markers", "cuda: needs a GPU")
     if config.getoption("markexpr") != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def memory_is_given_back():
+    """Leave the test process's allocator as it is: a run would change it for all later tests, which cannot undo that.
+
+    Processes that tests start keep freed memory as a user's do.
+    """
+    with pytest.MonkeyPatch.context() as patch:  # of the session: modules' fixtures train too
+        patch.setattr("fast.keep_memory", lambda: None)
+        yield

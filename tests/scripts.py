@@ -36,11 +36,15 @@ def own_signal_handlers():
             signal.signal(number, handler)
 
 
+def parsed(script, *words):
+    """Return the parsed command line of a script."""
+    return importlib.import_module(script).parse_args([str(word) for word in words])
+
+
 def run(script, *argv, world=WORLD):
     """Run a script's `main` with the command line `argv`."""
-    module = importlib.import_module(script)
     with own_signal_handlers():
-        module.main(module.parse_args([str(word) for word in argv]), world)
+        importlib.import_module(script).main(parsed(script, *argv), world)
 
 
 def status(script, *argv):

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import scripts
 import step
 import torch
-from scripts import QUICK, QUICK_RUN, TRAINING, WORLD, own_signal_handlers, save_teacher, status
+from scripts import QUICK, QUICK_RUN, TRAINING, WORLD, own_signal_handlers, parsed, save_teacher, status
 
 import distributed
 import losses
@@ -20,10 +21,9 @@ import methods
 import models
 import runs
 import test_model
-import train_student_cifar
 import utils
 
-SCRIPTS = (*TRAINING, "test_model")
+SCRIPTS = (*TRAINING, "eval_rep", "test_model")
 ROOT = Path(__file__).parents[1]
 # What torchrun sets for the first of two processes.
 ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "2222"}
@@ -77,8 +77,7 @@ class Recorder(argparse.Namespace):
 
 def flags_read(script, argv, monkeypatch):
     """Run a script in one process, and relaunch it in several in name only; return (its flags, those read)."""
-    module = importlib.import_module(script)
-    plain = vars(module.parse_args([str(word) for word in argv]))
+    module, plain = importlib.import_module(script), vars(parsed(script, *argv))
     args = Recorder(**plain)
     Recorder.read = set()
     with own_signal_handlers(), monkeypatch.context() as patch:
@@ -110,7 +109,7 @@ def test_every_script_runs_and_reads_every_flag(weights, tmp_path, monkeypatch, 
         (log,) = [path for path in tmp_path.glob(f"{script}_*/log.jsonl") if path.stat().st_size]
         log.rename(tmp_path / "log")
         record = json.loads((tmp_path / "log").read_text())
-        assert record["epoch"] == 1 and record["train/loss"] == record["train/loss"]
+        assert record["epoch"] == 1 and math.isfinite(record["train/loss"])
     capsys.readouterr()
     # The few-shot script is the student's but for one flag, those of ImageNet are CIFAR's with other defaults.
     same_main = {f"train_{kind}_imagenet": f"train_{kind}_cifar" for kind in ("teacher", "student", "online_kd")}
@@ -180,7 +179,7 @@ python train_online_kd_imagenet.py --data ./data/ImageNet/ --arch resnet18_resne
 @pytest.mark.parametrize("line", PUBLISHED.strip().splitlines())
 def test_published_commands_parse_as_written(line):
     _, script, *argv = shlex.split(line)
-    args = vars(importlib.import_module(script.removesuffix(".py")).parse_args(argv))
+    args = vars(parsed(script.removesuffix(".py"), *argv))
     expected = {"--gpu": "gpu_id", "--manual": "manual_seed"}
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         if flag.startswith("--"):
@@ -192,12 +191,11 @@ def test_published_commands_parse_as_written(line):
 
 def test_published_commands_values():
     test, few_shot = (shlex.split(line) for line in PUBLISHED.strip().splitlines()[:2])
-    args = importlib.import_module("test_model").parse_args(test[2:])
+    args = parsed("test_model", *test[2:])
     assert args.arch == "wrn_16_2_aux" and args.student_weights.endswith("wrn_16_2_aux_best.pth.tar")
     assert (args.dataset, args.data, args.gpu_id) == ("cifar100", "./data", None)
-    args = importlib.import_module("train_student_few_shot").parse_args(few_shot[2:])
-    assert (args.gpu_id, args.manual_seed, args.few_ratio, args.kd_T, args.method) == ("2", 0, 0.25, 3.0, "hsakd")
-    assert (args.epochs, args.milestones, args.batch_size, args.init_lr) == (240, [150, 180, 210], 64, 0.05)
+    args = parsed("train_student_few_shot", *few_shot[2:])
+    assert (args.gpu_id, args.manual_seed, args.few_ratio) == ("2", 0, 0.25)
     assert runs.run_name(args.script, args) == (
         "train_student_few_shot_tarch_resnet56_aux_arch_resnet20_aux_dataset_cifar100_few_ratio_0.25_seed0"
     )
@@ -206,8 +204,7 @@ def test_published_commands_values():
 @pytest.mark.parametrize("script", TRAINING)
 def test_published_abbreviations_and_folder_names(script):
     words = ["--gpu", "0", "--manual", "3", "--dataset", "CIFAR-100", "--data", "./data/", "--checkpoint-dir", "./c"]
-    teacher = ["--tcheckpoint", "t.pth"] if "student" in script else []
-    args = importlib.import_module(script).parse_args([*words, *teacher])
+    args = parsed(script, *words, *(["--tcheckpoint", "t.pth"] if "student" in script else []))
     assert (args.gpu_id, args.manual_seed, args.dataset, args.checkpoint_dir) == ("0", 3, "cifar100", "./c")
     name = runs.run_name(args.script, args)
     assert name.startswith(f"{script}_") and name.endswith("_seed3") and "dataset_cifar100" in name
@@ -215,33 +212,15 @@ def test_published_abbreviations_and_folder_names(script):
 
 
 def test_folder_name_is_the_published_one():
-    args = importlib.import_module("train_student_cifar").parse_args(["--tcheckpoint", "t.pth"])
+    args = parsed("train_student_cifar", "--tcheckpoint", "t.pth")
     expected = "train_student_cifar_tarch_wrn_40_2_aux_arch_wrn_16_2_aux_dataset_cifar100_seed0"
     assert runs.run_name(args.script, args) == expected
 
 
-@pytest.mark.parametrize(
-    ("arch", "rate"), [("wrn_16_2_aux", 0.05), ("mobilenetV2_aux", 0.01), ("ShuffleV1_aux", 0.01), ("ShuffleV2_aux", 0.01)]
-)
-def test_learning_rate_follows_the_recipe_and_a_given_one_wins(arch, rate):
-    parse = importlib.import_module("train_student_cifar").parse_args
-    argv = ["--tcheckpoint", "t.pth", "--arch", arch]
-    assert parse(argv).init_lr == rate
-    assert parse([*argv, "--init-lr", "0.3"]).init_lr == 0.3
-
-
-@pytest.mark.parametrize("given", [[], ["--init-lr", "0.02"]])
-def test_learning_rate_is_printed(given, tmp_path, capsys):
+@pytest.mark.parametrize(("given", "rate"), [((), "0.05"), (("--init-lr", "0.02"), "0.02")])
+def test_learning_rate_is_printed(given, rate, tmp_path, capsys):
     scripts.run("train_baseline_cifar", *QUICK_RUN, "--arch", "resnet8", "--checkpoint-dir", tmp_path, *given)
-    assert f"lr {given[1] if given else '0.05'}" in capsys.readouterr().out
-
-
-def test_frozen_teachers_schedule():
-    parse = importlib.import_module("train_teacher_cifar").parse_args
-    frozen = parse(["--freezed", "--pretrained-backbone", "b.pth"])
-    assert (frozen.epochs, frozen.milestones) == (100, [30, 60, 90])
-    assert (parse([]).epochs, parse([]).milestones) == (240, [150, 180, 210])
-    assert parse(["--freezed", "--pretrained-backbone", "b.pth", "--epochs", "7"]).epochs == 7
+    assert f": lr {rate}, float32, " in capsys.readouterr().out
 
 
 def one_line(script, argv, capsys):
@@ -249,7 +228,7 @@ def one_line(script, argv, capsys):
     assert status(script, *argv) == 2
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line != "no GPU found: running on the CPU"]
-    assert len(lines) == 1 and lines[0].startswith(f"{script}.py: error: ") and "Traceback" not in error, error
+    assert len(lines) == 1 and lines[0].startswith(f"{script}.py: error: "), error
     return lines[0]
 
 
@@ -281,7 +260,7 @@ BAD_VALUES = [
 
 @pytest.mark.parametrize("words", BAD_VALUES, ids=" ".join)
 def test_impossible_values(words, capsys):
-    assert words[0].split("_")[0] in one_line("train_baseline_cifar", words, capsys).replace("²", "")
+    assert words[0] in one_line("train_baseline_cifar", words, capsys)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -309,12 +288,12 @@ METHOD_MISTAKES = [
     (["--method", "hsakd", "--slope", "3"], "--slope has no part in --method hsakd"),
     (["--method", "kd", "--ced-beta", "3"], "--ced-beta has no part"),
     (["--method", "dpcd", "--ce-weight", "1"], "--ce-weight has no part"),
-    (["--method", "mine"], "--method"),
-    (["--method", "dpcd", "--beta-range", "5", "3"], "--beta-range"),
-    (["--method", "dpcd", "--ema", "1.5"], "--ema"),
-    (["--method", "dpcd", "--quantile", "2"], "--quantile"),
-    (["--method", "dpcd", "--history", "0"], "--history"),
-    (["--kd_T", "0"], "--kd_T"),
+    (["--method", "mine"], "--method: invalid choice: 'mine'"),
+    (["--method", "dpcd", "--beta-range", "5", "3"], "--beta-range: 5 is above 3"),
+    (["--method", "dpcd", "--ema", "1.5"], "--ema: expected a number of at least 0 and below 1, got '1.5'"),
+    (["--method", "dpcd", "--quantile", "2"], "--quantile: expected a share above 0 and at most 1, got '2'"),
+    (["--method", "dpcd", "--history", "0"], "--history: expected a whole number from 1"),
+    (["--kd_T", "0"], "--kd_T: expected a number above 0, got '0'"),
     (["--arch", "resnet8"], "use one such as resnet8_aux"),
     (["--tarch", "resnet8"], "--tarch resnet8 has no auxiliary"),
     (["--tarch", "resnet8_resnet8"], "mutual pair"),
@@ -359,14 +338,15 @@ def file_mistakes(weights, folder):
         yield "test_model", ["--arch", arch, "--student-weights", weights / "aux.pth"], said
         yield "train_student_cifar", [*student(weights), "--tarch", arch], said
     yield "test_model", ["--arch", "resnet8_aux", "--student-weights", weights / "backbone.pth"], "missing: "
-    unwritable = ["--export-backbone", folder / "none" / "b.pth"]
-    yield "test_model", ["--arch", "resnet8", "--student-weights", weights / "backbone.pth", *unwritable], "cannot write"
-    over_itself = ["--export-backbone", folder / ".." / folder.name / "backbone.pth"]
-    shutil.copy(weights / "backbone.pth", folder)
-    yield "test_model", ["--arch", "resnet8", "--student-weights", folder / "backbone.pth", *over_itself], "would overwrite"
-    (folder / "c.pth.tmp").write_bytes((weights / "backbone.pth").read_bytes())
-    half = ["--student-weights", folder / "c.pth.tmp", "--export-backbone", folder / "c.pth"]
-    yield "test_model", ["--arch", "resnet8", *half], "would overwrite"
+    for name in ("backbone.pth", "c.pth.tmp"):
+        shutil.copy(weights / "backbone.pth", folder / name)
+    # Exports into a folder that is not there, onto the weights themselves, and through a temporary file that is the weights.
+    for name, out, said in (
+        ("backbone.pth", folder / "none" / "b.pth", "cannot write"),
+        ("backbone.pth", folder / ".." / folder.name / "backbone.pth", "would overwrite"),
+        ("c.pth.tmp", folder / "c.pth", "would overwrite"),
+    ):
+        yield "test_model", ["--arch", "resnet8", "--student-weights", folder / name, "--export-backbone", out], said
     yield "train_baseline_cifar", ["--arch", "resnet8", "--tag", "a/b"], "expected letters, digits and any of"
     yield "train_baseline_cifar", ["--arch", "resnet8", "--few-ratio", "0.001"], "stratified"
     imagefolder = ["--arch", "resnet8", "--dataset", "imagefolder", "--data", folder / "nowhere"]
@@ -375,8 +355,8 @@ def file_mistakes(weights, folder):
 
 def test_wrong_files(weights, tmp_path, capsys):
     for script, words, said in file_mistakes(weights, tmp_path):
-        runs = [] if script == "test_model" else ["--epochs", "1", "--checkpoint-dir", tmp_path / "runs"]
-        text = one_line(script, [*QUICK, *runs, *words], capsys)
+        training = [] if script == "test_model" else ["--epochs", "1", "--checkpoint-dir", tmp_path / "runs"]
+        text = one_line(script, [*QUICK, *training, *words], capsys)
         assert said in text, text
     assert not (tmp_path / "runs").exists()
 
@@ -386,8 +366,8 @@ def test_weights_of_other_classes_of_the_same_number(weights, tmp_path, capsys):
     for classes, warned in ((map(str, range(10)), False), ("abcdefghij", True)):
         torch.save({**content, "dataset": "imagefolder", "data": f"(digest {utils.class_digest(classes)})"}, tmp_path / "w.pth")
         scripts.run("test_model", *QUICK, "--arch", "resnet8_aux", "--student-weights", tmp_path / "w.pth")
-        flags = [*map(str, student(weights)), "--tcheckpoint", str(tmp_path / "w.pth")]
-        methods.create_pair(train_student_cifar.parse_args(flags), [str(i) for i in range(10)])
+        args = parsed("train_student_cifar", *student(weights), "--tcheckpoint", tmp_path / "w.pth")
+        methods.create_pair(args, [str(i) for i in range(10)])
         told = capsys.readouterr().err
         assert told.count("w.pth: trained on the classes of another data set (imagefolder)") == 2 * warned, told
 
@@ -415,7 +395,7 @@ def test_no_gpu_at_all_is_told(monkeypatch, capsys):
 def test_published_pairs_take_a_step(tarch, arch, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(methods, "load_teacher", lambda args, classes: models.create(args.tarch, len(classes)))
-    args = train_student_cifar.parse_args(["--tarch", tarch, "--arch", arch, "--tcheckpoint", "t.pth"])
+    args = parsed("train_student_cifar", "--tarch", tarch, "--arch", arch, "--tcheckpoint", "t.pth")
     network, objective = methods.create_pair(args, range(100))
     assert isinstance(objective, losses.HSAKDLoss)
     terms = objective(network, torch.randn(2, 3, 32, 32), torch.tensor([3, 99]))

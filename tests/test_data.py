@@ -1,14 +1,12 @@
 """Data: the distributions of torchvision's transforms, the order of an epoch, its split over processes, the data sets."""
 
 import math
-import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -246,43 +244,6 @@ def test_subset_of_a_subset():
     assert made.labels.tolist() == [5, 7] and made.images()[:, 0, 0, 0].tolist() == [5, 7]
 
 
-@pytest.mark.parametrize("kind", ["cifar100", "cifar10", "stl10"])
-def test_missing_data_is_one_line_that_says_what_to_put_where(kind, monkeypatch, tmp_path):
-    def no_network(*_, **__):
-        raise OSError("no route\nto host")
-
-    for module in ("cifar", "stl10"):
-        monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", no_network)
-    with pytest.raises(UserError) as error:
-        datasets.load(kind, str(tmp_path), True)
-    assert len(str(error.value).splitlines()) == 1
-    place = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py", "stl10": "stl10_binary"}[kind]
-    assert str(tmp_path / place) in str(error.value)
-
-
-@pytest.mark.parametrize("kind, classes", [("cifar100", 100), ("cifar10", 10)])
-def test_cifar_is_read_from_its_original_files(kind, classes, monkeypatch, tmp_path):
-    """Pixels, labels and class names of pickles in the archives' layout, with the published statistics."""
-    maker = getattr(torchvision.datasets, kind.upper())
-    draw, label_key = np.random.RandomState(0), {"cifar100": "fine_labels", "cifar10": "labels"}[kind]
-    folder, written = tmp_path / maker.base_folder, {}
-    folder.mkdir()
-    for name, _ in [*maker.train_list, *maker.test_list]:
-        written[name] = {"data": draw.randint(0, 256, (2, 3072), np.uint8), label_key: draw.randint(0, classes, 2).tolist()}
-        (folder / name).write_bytes(pickle.dumps(written[name], 2))
-    names_key = {"cifar100": "fine_label_names", "cifar10": "label_names"}[kind]
-    (folder / maker.meta["filename"]).write_bytes(pickle.dumps({names_key: [str(i) for i in range(classes)]}, 2))
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # these files' sums are others
-    for train, files in ((True, maker.train_list), (False, maker.test_list)):
-        found = datasets.load(kind, str(tmp_path), train)
-        pixels = np.concatenate([written[name]["data"] for name, _ in files]).reshape(-1, 3, 32, 32)
-        assert torch.equal(found.images(), torch.from_numpy(pixels)) and found.flip
-        assert found.labels.tolist() == [label for name, _ in files for label in written[name][label_key]]
-        assert found.classes == [str(i) for i in range(classes)]
-    if kind == "cifar100":
-        assert found.statistics == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-
-
 def write_images(folder, sizes, mode="RGB", suffix="png", seed=0):
     """Write one random image per size, (width, height), into a class folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -312,6 +273,18 @@ def test_image_folder(tmp_path, test):
         assert torch.equal(grey[0], torch.from_numpy(np.array(file))[2:18])
 
 
+@pytest.mark.parametrize("empty", [["val"], ["val_sorted", "val"]])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_test_folder_without_classes_is_passed_over(tmp_path, empty, hidden):
+    for name in empty:
+        (tmp_path / name / (".ipynb_checkpoints" if hidden else "")).mkdir(parents=True)
+    for folder in ("train", "test"):
+        write_images(tmp_path / folder / "cat", [(8, 8)])
+    assert len(datasets.load("imagefolder", str(tmp_path), False)) == 1
+    shutil.rmtree(tmp_path / "train")  # weights can be tested without it
+    assert datasets.load("imagefolder", str(tmp_path), False).classes == ["cat"]
+
+
 def test_links_back_to_a_parent_folder(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name / "more").mkdir(parents=True)
@@ -330,12 +303,6 @@ def test_every_format_is_found_and_hidden_files_are_not(tmp_path):
     names, samples = datasets.class_folders(tmp_path)
     assert names == ["cat"] and len(samples) == 7
     assert all(datasets.decode(path).shape == (3, 16, 16) for path, _ in samples)
-
-
-def test_damaged_archives_folder_is_told_without_torchvisions_advice(tmp_path):
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    with pytest.raises(UserError, match="cifar-10-batches-py is damaged or incomplete: move it away"):
-        datasets.load("cifar10", str(tmp_path), True)
 
 
 def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
@@ -389,6 +356,11 @@ def break_no_test(root):
     write_images(root / "train" / "cat", [(8, 8)])
 
 
+def break_test_without_classes(root):
+    write_images(root / "train" / "cat", [(8, 8)])
+    (root / "val").mkdir()
+
+
 def break_other_classes(root):
     write_images(root / "train" / "cat", [(8, 8)])
     write_images(root / "test" / "dog", [(8, 8)])
@@ -437,6 +409,7 @@ def break_by_bad_chunk(root):
         (break_nothing, "put them at"),
         (break_empty, "cat: a class folder without images"),
         (break_no_test, "put them at"),
+        (break_test_without_classes, "put them at"),
         (break_other_classes, "cat, dog"),
         (break_empty_test, "cat: a class folder without images"),
         (break_first_image, "0.png"),

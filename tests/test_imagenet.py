@@ -170,14 +170,6 @@ def test_missing_folder(tmp_path, capsys):
     assert "no images" in capsys.readouterr().err
 
 
-def test_the_published_recipe():
-    from train_teacher_imagenet import parse_args
-
-    args = parse_args(["--freezed", "--pretrained-backbone", "x", "--gpu", "0,1", "--manual", "0"])
-    assert (args.init_lr, args.weight_decay, args.batch_size, args.epochs) == (0.1, 1e-4, 256, 100)
-    assert args.milestones == [30, 60, 90] and args.arch == "resnet34_imagenet_aux" and not args.tag
-
-
 def test_scripts(root, tmp_path, capsys):
     """Teacher on torchvision's backbone, student, online pair: two steps each; then test_model.py."""
     torch.save(torchvision.models.resnet34(num_classes=4).state_dict(), tmp_path / "resnet34.pth")

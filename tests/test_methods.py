@@ -17,7 +17,6 @@ import models
 import published
 import report
 import train_student_cifar
-import train_student_imagenet
 import utils
 
 SEED = "dataset_digits_seed0"
@@ -119,34 +118,6 @@ def test_one_view_teacher_serves_dpcd_and_not_hsakd(tmp_path, capsys):
     capsys.readouterr()
     assert status("train_student_cifar", *command, "--method", "hsakd", "--tag", "x") == 2
     assert "hsakd needs 4" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("tarch", "dpcd_range", "dkd_beta"),
-    [
-        ("wrn_40_2_aux", [5, 8], 6),
-        ("vgg13_bn_aux", [5, 8], 6),
-        ("resnet56_aux", [1, 4], 2),
-        ("resnet32x4_aux", [6, 10], 8),
-        ("ResNet50_aux", [6, 10], 8),
-    ],
-)
-def test_constants_follow_the_teachers_family_unless_given(tarch, dpcd_range, dkd_beta):
-    command = ["--arch", "resnet20_aux", "--tarch", tarch, "--tcheckpoint", "a"]
-    args = train_student_cifar.parse_args([*command, "--method", "dpcd"])
-    assert (args.beta, args.beta_range, args.loss_warmup, args.kd_T) == (6, dpcd_range, 20, 3)
-    args = train_student_cifar.parse_args([*command, "--method", "dkd"])
-    assert (args.alpha, args.beta, args.loss_warmup, args.kd_T) == (1, dkd_beta, 20, 4)
-    args = train_student_cifar.parse_args([*command, "--method", "kd"])
-    assert (args.ce_weight, args.kd_weight, args.kd_T, args.arch) == (0.1, 0.9, 4, "resnet20")
-    early = ["--beta", "8", "--loss-warmup", "0", "--beta-range", "1", "2", "--kd_T", "5"]
-    args = train_student_cifar.parse_args([*command, "--method", "dpcd", *early])
-    assert (args.beta, args.loss_warmup, args.beta_range, args.kd_T) == (8, 0, [1, 2], 5)
-
-
-def test_dkds_constants_on_imagenet():
-    args = train_student_imagenet.parse_args(["--tcheckpoint", "a", "--method", "dkd", "--loss-warmup", "3"])
-    assert (args.alpha, args.beta, args.loss_warmup, args.kd_T) == (1, 0.5, 3, 1)
 
 
 @pytest.mark.parametrize("method", TERMS)

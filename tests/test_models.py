@@ -101,6 +101,21 @@ def test_names_are_unique_and_all_can_be_created():
 
 
 @pytest.mark.parametrize(
+    ("name", "within"),
+    [
+        ("mobilenetV2_s2", {}),
+        ("mobilenetV2_s2_aux", {"backbone": "mobilenetV2_s2"}),
+        ("mbv2_mbv2", {f"net{net}": "mobilenetV2_aux" for net in (1, 2)} | {"net2.backbone": "mobilenetV2"}),
+    ],
+)
+def test_every_network_within_knows_its_name(name, within):
+    with torch.device("meta"):
+        network = models.create(name, 10)
+    assert network.arch == name
+    assert {part: network.get_submodule(part).arch for part in within} == within
+
+
+@pytest.mark.parametrize(
     ("name", "nearest"),
     [
         ("wrn_16_3_aux", "wrn_16_2_aux"),

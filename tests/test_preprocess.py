@@ -99,13 +99,25 @@ def test_interrupted_run_leaves_no_half_state(folder, script, monkeypatch, kille
     assert tree(folder) == before | {f"val_sorted/{name}": content for name, content in EXPECTED.items()}
 
 
+def test_interrupt_is_one_line_and_the_next_run_completes(folder, script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["preprocess_tinyimagenet.py", str(folder)])
+    with monkeypatch.context() as patch:
+        patch.setattr(script.os, "link", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 130 and not out and err == "preprocess_tinyimagenet: interrupted: run it again\n"
+    script.main()
+    assert tree(folder / "val_sorted") == EXPECTED
+
+
 def change(folder, name, text):
-    """Append text to a file, or remove the file or folder if the text is None."""
+    """Append text or bytes to a file, or remove the file or folder if the text is None."""
     path = folder / name
     if text is None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     else:
-        path.write_text(path.read_text() + text)
+        path.write_bytes(path.read_bytes() + (text if isinstance(text, bytes) else text.encode()))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +133,8 @@ def change(folder, name, text):
         ("val/val_annotations.txt", "../val_9.JPEG\tn01\n", "line 7"),
         ("val/val_annotations.txt", "val_9.JPEG\tn09\t0\n", "line 7"),
         ("val/val_annotations.txt", "val_9.JPEG", "line 7"),
+        ("val/val_annotations.txt", b"\xff\xfe", "val_annotations.txt: not UTF-8 text"),
+        ("wnids.txt", b"\xe9", "wnids.txt: not UTF-8 text"),
     ],
 )
 def test_wrong_folder_is_one_line(folder, name, text, message):
@@ -156,7 +170,8 @@ def test_already_sorted_val(folder, script):
     assert "nothing to do" in script.prepare(folder)
 
 
-def test_absent_folder(tmp_path):
-    """A folder that is not there is one line."""
-    process = run_script(tmp_path, "absent")
+@pytest.mark.parametrize("words", [["absent"], ["one", "too many"], ["--unknown"]])
+def test_wrong_command_is_one_line(tmp_path, words):
+    """A folder that is not there, and words that mean nothing."""
+    process = run_script(tmp_path, *words)
     assert process.returncode == 2 and len(process.stderr.splitlines()) == 1

@@ -402,6 +402,16 @@ def test_an_epoch_is_saved_before_its_test(tmp_path):
     assert entry["images_per_second"] is None and entry["test/top1"] >= 0 and entry["train/loss"] > 0
 
 
+def test_full_disk_at_a_checkpoint(tmp_path, monkeypatch):
+    """The old file stays, the half-written one goes."""
+    utils.save_checkpoint({"epoch": 1}, tmp_path / "w.pth.tar")
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=RuntimeError("[enforce fail] unexpected pos 64 vs 0")))
+    with pytest.raises(utils.UserError, match="cannot write .*w.pth.tar: .*; is the disk full?"):
+        utils.save_checkpoint({"epoch": 2}, tmp_path / "w.pth.tar")
+    assert utils.read_checkpoint(tmp_path / "w.pth.tar") == {"epoch": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth.tar"]
+
+
 def test_full_disk_at_tensorboards_file(tmp_path, capsys):
     full = OSError(errno.ENOSPC, "No space left on device")
     argv = [*QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]

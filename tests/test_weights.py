@@ -6,7 +6,8 @@ import math
 import os
 import pickle
 import random
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 
 import methods
 import models
+import test_model
 import utils
 
 AUX = [name for name in models.names() if models.is_aux(name)]
@@ -67,20 +69,25 @@ def refused(path, model=None):
     return text
 
 
-@pytest.mark.parametrize("name", ["resnet20_aux", "vgg8_bn_aux", "WRN_16_2_WRN_16_2"])
-def test_published_weights_load_and_compute_the_published_outputs(name, tmp_path):
+# Of a pair the contract names the outputs net1/logits and net2/logits.
+LOGITS = sorted(key for key in forward_values() if key.startswith("rotations4/") and key.endswith("/eval/logits"))
+LOGITS += ["rotations4/WRN_16_2_WRN_16_2/eval/net1/logits", "rotations4/WRN_16_2_WRN_16_2/eval/net2/logits"]
+
+
+@pytest.mark.parametrize("key", [key for key in LOGITS if "imagenet" not in key])
+def test_published_weights_load_and_compute_the_published_outputs(key, tmp_path):
+    _, name, _, *net, _ = key.split("/")
     state = {key: torch.as_tensor(fill(key, tuple(shape))) for key, shape in layouts()[name].items()}
     torch.save({"net": state, "acc": np.float64(1), "epoch": 1, "optimizer": {}}, tmp_path / "a.pth")
     network = models.create(name, classes(name))
     utils.load_weights(network, tmp_path / "a.pth")
-    assert_same(network.state_dict(), filled_network(name).state_dict())
-    prefix = f"rotations4/{name}/eval/logits"
-    if prefix in forward_values():
-        images = torch.from_numpy(np.random.RandomState(0).standard_normal((4, 3, 32, 32)).astype(np.float32))
-        with torch.no_grad():
-            logits = network.eval()(images)[0]
-        expected = torch.from_numpy(forward_values()[prefix])
-        torch.testing.assert_close(logits.flatten(1)[:, ::7], expected, rtol=1e-4, atol=1e-4)
+    assert network.state_dict().keys() == state.keys()
+    assert_same({key: network.state_dict()[key] for key in state}, state)
+    images = torch.from_numpy(np.random.RandomState(0).standard_normal((4, 3, 32, 32)).astype(np.float32))
+    network = network.get_submodule(net[0]) if net else network
+    with torch.no_grad():
+        logits = getattr(network, "backbone", network).eval()(images)
+    torch.testing.assert_close(logits[:, ::7], torch.from_numpy(forward_values()[key]), rtol=1e-3, atol=1e-3)
 
 
 def test_weights_saved_here_have_the_published_layout(tmp_path):
@@ -98,6 +105,11 @@ WRAPPINGS = {
     "float32 accuracy": lambda state: {"net": state, "acc": np.float32(76.5), "epoch": np.int64(239)},
     "tensor accuracy": lambda state: {"net": state, "acc": torch.tensor(76.5)},
     "state_dict": lambda state: {"state_dict": state, "epoch": 1, "best_acc1": torch.tensor(1.0)},
+    "float16 accuracy": lambda state: {"net": state, "acc": np.array([76.5], np.float16), "epoch": np.int32(239)},
+    "small numbers": lambda state: {"net": state, "flags": [np.bool_(True), np.int8(1), np.uint8(2), np.float16(3)]},
+    "small arrays": lambda state: {"net": state, "flags": [np.ones(3, kind) for kind in (bool, "i1", "u1", "f2", "i4")]},
+    "paths": lambda state: {"net": state, "args": argparse.Namespace(data=Path("data"), other=PureWindowsPath("a"))},
+    "defaults": lambda state: {"net": state, "seen": {kind: defaultdict(kind, {1: kind()}) for kind in (list, dict, int)}},
     "model": lambda state: {"model": state, "best_acc": 74.2, "opt": argparse.Namespace(lr=0.05, tags=["a"], none=None)},
     "bare": lambda state: state,
     "ordered": OrderedDict,
@@ -130,6 +142,16 @@ def test_numpy_numbers_of_either_numpy(acc, tmp_path):
             content = content.replace(other, name)
         (tmp_path / "a.pth").write_bytes(content)
         assert utils.load_weights(small(), tmp_path / "a.pth")["acc"] == 76.5
+
+
+def test_flags_of_numpys_types_are_not_taken_from_the_file(tmp_path):
+    """They would tell numpy that the numbers are addresses of objects, which ends the process."""
+    torch.save({"net": small().state_dict(), "acc": np.array([76.5])}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "a.pth").read_bytes()
+    assert content.count(b"K\x00t") == 1
+    (tmp_path / "a.pth").write_bytes(content.replace(b"K\x00t", b"K?t"))
+    acc = utils.load_weights(small(), tmp_path / "a.pth")["acc"]
+    assert acc == 76.5 and acc.dtype.flags == 0
 
 
 def test_parts_of_larger_weights(tmp_path):
@@ -195,7 +217,7 @@ def test_heads_of_no_known_number_of_rotations(tmp_path):
 
 
 def test_teacher_of_the_wrong_kind(tmp_path):
-    args = argparse.Namespace(tarch="resnet8_aux", tcheckpoint=tmp_path / "a.pth", method="hsakd", dataset="digits")
+    args = argparse.Namespace(tarch="resnet8_aux", tcheckpoint=tmp_path / "a.pth", method="hsakd", dataset="digits", net=1)
     for state, said in (
         (numbered_state(on_meta("resnet8_aux", 10, 1)), "hsakd needs 4"),
         (numbered_state(on_meta("resnet8", 10)), "missing: "),
@@ -229,13 +251,19 @@ def test_weights_of_the_twin_with_another_stride(tmp_path):
     """The keys and shapes of mobilenetV2 and mobilenetV2_s2 are equal, what they compute is not."""
     state = numbered_state(on_meta("mobilenetV2_s2_aux"))
     torch.save({"net": state, "arch": "mobilenetV2_s2_aux"}, tmp_path / "w.pth")
-    for name in ("mobilenetV2", "mobilenetV2_aux"):
-        said = refused(tmp_path / "w.pth", models.create(name, 100))
+    pair = empty_network("mbv2_mbv2")
+    backbone = empty_network("mobilenetV2")
+    for network in (backbone, empty_network("mobilenetV2_aux").backbone, pair.net1, pair.net2.backbone):
+        said = refused(tmp_path / "w.pth", network)
         assert "weights of mobilenetV2_s2, not of mobilenetV2" in said
-    for name in ("mobilenetV2_s2", "mobilenetV2_s2_aux"):
-        utils.load_weights(models.create(name, 100), tmp_path / "w.pth")
-    torch.save({"net": state, "arch": "a name of another project"}, tmp_path / "w.pth")
-    utils.load_weights(models.create("mobilenetV2_aux", 100), tmp_path / "w.pth")
+    twin = empty_network("mobilenetV2_s2_aux")
+    for network in (twin, twin.backbone, empty_network("mobilenetV2_s2")):
+        utils.load_weights(network, tmp_path / "w.pth")
+    # DPCD's released code calls the twin mobilenetV2 too, in its arguments.
+    for said in ({"arch": "a name of another project"}, {"arch": 3}, {"args": {"arch": "mobilenetV2"}}):
+        torch.save({"net": state, **said}, tmp_path / "w.pth")
+        utils.load_weights(backbone, tmp_path / "w.pth")
+        utils.load_weights(twin, tmp_path / "w.pth")
 
 
 def test_second_network_of_no_pair(tmp_path):
@@ -277,11 +305,35 @@ def test_classifier_that_is_a_single_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"hello, I am a text file\n" * 9, b"\x80\x02", b"PK\x03\x04", bytes(1000), b"\x1f\x8b"]
+    ("content", "said"),
+    [
+        (b"", "an empty file"),
+        (b"hello, I am a text file\n" * 9, "not a PyTorch file (it begins with 'hello, I ')"),
+        (b"<!DOCTYPE html><html></html>", "not a PyTorch file (it begins with '<!DOCTYPE')"),
+        (bytes(1000), "not a PyTorch file"),
+        (b"\x1f\x8b", "not a PyTorch file"),
+        (pickle.dumps({"net": {}}, 0), "not a PyTorch file"),
+        (pickle.dumps({"net": {}}, 4), "damaged, or no checkpoint that torch.save wrote"),
+        (b"\x80\x02", "it ends too early"),
+        (b"PK\x03\x04", "failed reading zip archive"),
+    ],
 )
-def test_files_that_are_no_checkpoint(content, tmp_path):
+def test_files_that_are_no_checkpoint(content, said, tmp_path):
     (tmp_path / "a.pth").write_bytes(content)
-    refused(tmp_path / "a.pth")
+    assert said in refused(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError(101), "KeyError 101"),
+        (EOFError(), "it ends too early"),
+        (OSError("full\ndisk"), "full"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_first_line_of_an_error(error, said):
+    assert utils.first_line(error) == said
 
 
 @pytest.mark.parametrize(
@@ -331,6 +383,55 @@ def test_weights_that_execute_code_are_refused_and_not_executed(legacy, tmp_path
     assert not (tmp_path / "executed").exists()
     torch.save(nn.Linear(1, 1), tmp_path / "b.pth")  # a whole pickled module is code too
     assert "torch.nn.modules.linear.Linear" in refused(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    ("acc", "found"),
+    [(np.float32(76.5), 76.5), (np.float16([76.5]), 76.5), (np.int64(76), 76), (torch.tensor(76.5), 76.5), (True, None),
+     (np.bool_(True), None), (np.str_("76"), None), (np.zeros(2), None), (1j, None)],
+)  # fmt: skip
+def test_recorded_accuracy_of_any_kind_of_number(acc, found):
+    assert test_model.recorded({"acc": acc}).get("recorded_acc") == found
+
+
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [(8, 8), (96, 96), (224, 224), (7, None), (97, None), (-1, None), (10**9, None), (32.0, None), (True, None), ("32", None),
+     ([32], None), (torch.tensor(32), None), (None, None)],
+)  # fmt: skip
+def test_size_that_a_file_names(size, found):
+    assert test_model.trained_size({"size": size}) == found
+
+
+@pytest.mark.parametrize("method", ["AT", "kd\n", "", 3, ["kd"], {"kd": 1}, None])
+def test_method_that_a_file_names(method):
+    assert test_model.method_of({"method": method}, 4) == test_model.KINDS[4]
+    assert test_model.method_of({"method": "kd"}, None) == "kd"
+
+
+def test_json_of_numbers_that_are_not_finite(tmp_path, capsys):
+    content = {"net": small().state_dict(), "acc": math.nan, "epoch": np.float64(math.inf), "size": "large", "method": 3}
+    torch.save(content, tmp_path / "a.pth")
+    scripts.run("test_model", *scripts.QUICK, "--arch", "resnet8_aux", "--json", "--student-weights", tmp_path / "a.pth")
+
+    def refuse(word):
+        raise ValueError(word)
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found["recorded_acc"] is None and found["recorded_epoch"] is None and found["method"] == test_model.KINDS[4]
+    assert test_model.finite({"a": {"b": -math.inf}, "c": 1.5, "d": "nan"}) == {"a": {"b": None}, "c": 1.5, "d": "nan"}
+
+
+@pytest.mark.parametrize("to", ["absent/b.pth", ".", "sub/", ""])
+def test_export_that_cannot_be_written_is_told_before_the_test(to, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        test_model.parse_args(["--student-weights", "w.pth", "--export-backbone", to])
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and len(told.splitlines()) == 1 and "--export-backbone: cannot write" in told
+    args = test_model.parse_args(["--student-weights", "~/w.pth", "--export-backbone", "sub/b.pth"])
+    assert args.export_backbone == "sub/b.pth" and args.student_weights == str(Path.home() / "w.pth")
 
 
 def test_checkpoint_is_self_describing_and_loads_safely(tmp_path):
