@@ -3,20 +3,18 @@
 import contextlib
 import errno
 import gc
-import logging
 import os
 import signal
-import socket
 import sys
 import time
 from typing import NamedTuple
-from urllib.parse import urlparse
 
 import launcher  # isort: skip - before what takes seconds to import: it notes the parent, which may be killed meanwhile
 
 import torch
 import torch.distributed as dist
 
+import torchrun
 from utils import UserError, first_line, is_first_process
 
 GRACE = 5  # seconds a process leaves the launcher to end it, before it tells what another has told already
@@ -58,7 +56,7 @@ def setup(args):
     world = World(rank, size, device)
     if world.is_main and device.type == "cpu":
         print("no GPU found: running on the CPU", file=sys.stderr, flush=True)
-    elif world.is_main and gpu_count(args.gpu_id) > size:
+    elif world.is_main and torchrun.gpu_count(args.gpu_id) > size:
         raise UserError(f"--gpu-id {args.gpu_id}: one process uses one GPU; several train with --multiprocessing-distributed")
     if device.type == "cpu" and size > 1 and getattr(args, "sync_bn", False):
         raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
@@ -109,70 +107,6 @@ def backend(asked, world):
     return "gloo"
 
 
-def gpu_count(gpu_id):
-    """Return how many GPUs a --gpu-id value such as '0,1,2' names (1 for none)."""
-    return len(gpu_id.split(",")) if gpu_id else 1
-
-
-def available_cores():
-    """Return the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def relaunch(args, argv):
-    """Start this script again under torchrun with one process per id of --gpu-id, as the published flags ask.
-
-    Returns the exit status: that of the processes' mistake or preemption (2, 143) where one of them has it.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    if args.rank >= args.world_size:
-        raise UserError(f"--rank {args.rank}: expected a machine's number below --world-size {args.world_size}")
-    address, usable = urlparse(args.dist_url), False
-    with contextlib.suppress(ValueError):  # a port out of range
-        usable = address.scheme == "tcp" and address.hostname and address.port
-    if not usable:
-        raise UserError(f"--dist-url {args.dist_url}: expected tcp://HOST:PORT")
-    try:
-        socket.getaddrinfo(address.hostname, address.port)
-    except OSError as error:
-        raise UserError(f"--dist-url {args.dist_url}: {address.hostname}: {error.strerror}") from None
-    processes = gpu_count(args.gpu_id)
-    if not args.gpu_id and torch.cuda.is_available():
-        processes = torch.cuda.device_count()
-    logging.disable(logging.ERROR)  # torchrun's, of this parent alone: the processes tell what went wrong
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cores() // processes, 1)))
-    # torchrun hands SIGTERM on to its processes, but not in every version SIGUSR1.
-    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    flags = {
-        "nnodes": args.world_size,
-        "node-rank": args.rank,
-        "nproc-per-node": processes,
-        "master-addr": address.hostname,
-        "master-port": address.port,
-    }
-    try:
-        torchrun([*(f"--{name}={value}" for name, value in flags.items()), *argv])
-    except SignalException as error:
-        return 128 + error.sigval
-    except ChildFailedError as error:
-        ended = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
-        for status in (2, 143):
-            if status in ended.values():
-                return status
-        told = ", ".join(f"process {rank} ended with status {status}" for rank, status in ended.items())
-        print(f"{os.path.basename(argv[0])}: error: {told}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:  # the processes tell it
-        return 130
-    except dist.DistNetworkError as error:
-        told = "its port is taken" if "EADDRINUSE" in str(error) else f"no connection there ({first_line(error)})"
-        raise UserError(f"--dist-url {args.dist_url}: {told}") from None
-    return 0
-
-
 def run(parse_args, main):
     """Run `main(args, world)` of a script: parse, launch, join, and turn a user's mistake into one line and status 2."""
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(143))  # nothing to save yet: as SIGTERM ends it
@@ -181,7 +115,7 @@ def run(parse_args, main):
     try:
         args = parse_args()
         if getattr(args, "multiprocessing_distributed", False) and "RANK" not in os.environ:
-            sys.exit(relaunch(args, sys.argv))
+            sys.exit(torchrun.relaunch(args, sys.argv))
         world = setup(args)
         main(args, world)
     except SystemExit as stop:  # preempted, or a launcher's status

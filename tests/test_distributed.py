@@ -24,6 +24,7 @@ import distributed
 import engine
 import metrics
 import models
+import torchrun
 import train_teacher_cifar
 import utils
 from losses import TeacherLoss
@@ -413,7 +414,7 @@ def test_published_flags_without_the_one_that_starts_them(flags):
 def test_an_unknown_host_is_one_line():
     args = SimpleNamespace(rank=0, world_size=1, dist_url="tcp://nowhere.invalid:2222", gpu_id="0,1")
     with pytest.raises(utils.UserError, match="--dist-url tcp://nowhere.invalid:2222: nowhere.invalid: "):
-        distributed.relaunch(args, ["train.py"])
+        torchrun.relaunch(args, ["train.py"])
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(tmp_path):

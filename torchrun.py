@@ -1,0 +1,84 @@
+"""The published flags of several processes (`--multiprocessing-distributed`): this script again, under torchrun."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+
+from utils import UserError, first_line
+
+
+def gpu_count(gpu_id):
+    """Return how many GPUs a --gpu-id value such as '0,1,2' names (1 for none)."""
+    return len(gpu_id.split(",")) if gpu_id else 1
+
+
+def available_cores():
+    """Return the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def host_and_port(url):
+    """Return the host and the port of a --dist-url; UserError unless it is tcp://HOST:PORT of a known host."""
+    address, usable = urlparse(url), False
+    with contextlib.suppress(ValueError):  # a port out of range
+        usable = address.scheme == "tcp" and address.hostname and address.port
+    if not usable:
+        raise UserError(f"--dist-url {url}: expected tcp://HOST:PORT")
+    try:
+        socket.getaddrinfo(address.hostname, address.port)
+    except OSError as error:
+        raise UserError(f"--dist-url {url}: {address.hostname}: {error.strerror}") from None
+    return address.hostname, address.port
+
+
+def relaunch(args, argv):
+    """Start this script again under torchrun with one process per id of --gpu-id, as the published flags ask.
+
+    Returns the exit status: that of the processes' mistake or preemption (2, 143) where one of them has it.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as start
+
+    if args.rank >= args.world_size:
+        raise UserError(f"--rank {args.rank}: expected a machine's number below --world-size {args.world_size}")
+    host, port = host_and_port(args.dist_url)
+    processes = gpu_count(args.gpu_id)
+    if not args.gpu_id and torch.cuda.is_available():
+        processes = torch.cuda.device_count()
+    logging.disable(logging.ERROR)  # torchrun's, of this parent alone: the processes tell what went wrong
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cores() // processes, 1)))
+    # torchrun hands SIGTERM on to its processes, but not in every version SIGUSR1.
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    flags = {
+        "nnodes": args.world_size,
+        "node-rank": args.rank,
+        "nproc-per-node": processes,
+        "master-addr": host,
+        "master-port": port,
+    }
+    try:
+        start([*(f"--{name}={value}" for name, value in flags.items()), *argv])
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        ended = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+        for status in (2, 143):
+            if status in ended.values():
+                return status
+        told = ", ".join(f"process {rank} ended with status {status}" for rank, status in ended.items())
+        print(f"{os.path.basename(argv[0])}: error: {told}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:  # the processes tell it
+        return 130
+    except dist.DistNetworkError as error:
+        told = "its port is taken" if "EADDRINUSE" in str(error) else f"no connection there ({first_line(error)})"
+        raise UserError(f"--dist-url {args.dist_url}: {told}") from None
+    return 0
