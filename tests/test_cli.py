@@ -88,7 +88,7 @@ def flags_read(script, argv, monkeypatch):
             patch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
             for name, value in ENVIRONMENT.items():
                 patch.setenv(name, value)
-            patch.setattr(distributed.logging, "disable", lambda level: None)
+            patch.setattr("logging.disable", lambda level: None)
             patch.setenv("OMP_NUM_THREADS", "1")
             distributed.setup(args)
             for name in ENVIRONMENT:
