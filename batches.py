@@ -103,7 +103,7 @@ class TestBatches:
         self.labels = share.labels.to(world.device)
         self.normalise = Normaliser(image_set.statistics, world.device)
         self.batch_size = batch_size
-        self.total = distributed.total(len(self.labels), world)
+        self.total = distributed.count_over_ranks(len(self.labels), world)
 
     def __len__(self):
         return len(self.labels)

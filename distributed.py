@@ -217,7 +217,7 @@ def average_in_rank_order(size, bucket):
     return gathered.get_future().then(average)
 
 
-def total(count, world):
+def count_over_ranks(count, world):
     """Return the sum over all processes of a number."""
     return int(sum_over_ranks(torch.tensor(count, device=world.device)))
 

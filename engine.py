@@ -97,7 +97,7 @@ class Run:
         return sum(terms.values()), training_sums(terms, predictions, labels)
 
     @contextlib.contextmanager
-    def batch_told(self, count):
+    def single_image_explained(self, count):
         """Turn PyTorch's refusal of a single value a channel, in a batch of `count` images, into a UserError."""
         try:
             yield
@@ -116,7 +116,7 @@ class Run:
         for number, (x, y) in enumerate(chunks, 1):
             waiting = self.world.size > 1 and number < len(chunks)
             with self.wrapped.no_sync() if waiting else contextlib.nullcontext():
-                with self.batch_told(len(x)):
+                with self.single_image_explained(len(x)):
                     loss, sums = self.forward(x, y, epoch)
                 self.scaler.scale(loss * (len(x) / len(images))).backward()
             self.totals.add(sums, len(x))

@@ -227,7 +227,7 @@ class FileBatches:
             elif self.images.fill:
                 raise UserError(f"{bad[0]}; nor are the {REPLACEMENTS - 1} images after it readable")
         if self.skip:
-            skipped, seen = (distributed.total(count, self.world) for count in (len(met), not empty))
+            skipped, seen = (distributed.count_over_ranks(count, self.world) for count in (len(met), not empty))
             if skipped and not seen:
                 raise UserError(f"{min(met, default='unreadable images')}; nor is any other image of this pass readable")
             if skipped != self.skipped and self.world.is_main:
@@ -275,7 +275,7 @@ class TestBatches(FileBatches):
         if count < world.size:
             raise UserError(f"fewer test images ({count}) than processes ({world.size})")
         self.mine = range(world.rank, count, world.size)
-        self.listed = distributed.total(len(self.mine), world)
+        self.listed = distributed.count_over_ranks(len(self.mine), world)
         self.items = [[(i, (0,)) for i in self.mine[at : at + size]] for at in range(0, len(self.mine), size)]
 
     @property

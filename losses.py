@@ -8,7 +8,7 @@ B images, N classes, M rotations, L auxiliary heads; the joint label of class y 
 import torch
 import torch.nn.functional as F
 
-from objective import Objective, check_heads, check_pair, predictions, ramp, split_outputs, total, unwrap
+from objective import Objective, check_heads, check_pair, predictions, ramp, split_outputs, sum_terms, unwrap
 
 # Logit of an excluded class: finite, so that 0 * (masked - masked) is 0 where -inf would give NaN.
 MASKED = -1e30
@@ -121,7 +121,7 @@ class TeacherLoss(Objective):
         check_heads(logits, aux_logits, rotations)
         logits, joint = logits[::rotations], joint_labels(labels, rotations)
 
-        terms = {"aux": total((cross_entropy(aux, joint) for aux in aux_logits), logits)}
+        terms = {"aux": sum_terms((cross_entropy(aux, joint) for aux in aux_logits), logits)}
         backbone = list(network.backbone.parameters()) if hasattr(network, "backbone") else []
         # The sum of the terms is what is trained, so a frozen backbone has no class term.
         if not backbone or any(parameter.requires_grad for parameter in backbone):
@@ -148,7 +148,7 @@ class HSAKDLoss(Objective):
         pairs = zip(aux_logits, teacher_aux, strict=True)
         terms = {
             "task": cross_entropy(logits[::rotations], labels),
-            "aux_kl": total((kl(aux, target, self.temperature) for aux, target in pairs), logits),
+            "aux_kl": sum_terms((kl(aux, target, self.temperature) for aux, target in pairs), logits),
             "logit_kl": kl(logits, teacher_logits, self.temperature),
         }
         return terms, predictions((logits[::rotations], aux_logits))
@@ -170,10 +170,10 @@ class MutualLoss(Objective):
 
         joint, both = joint_labels(labels, rotations), (logits1, logits2)
         terms = {
-            "task": total((cross_entropy(logits[::rotations], labels) for logits in both), logits1),
-            "aux": total((cross_entropy(aux, joint) for aux in (*aux1, *aux2)), logits1),
+            "task": sum_terms((cross_entropy(logits[::rotations], labels) for logits in both), logits1),
+            "aux": sum_terms((cross_entropy(aux, joint) for aux in (*aux1, *aux2)), logits1),
             "logit_kl": self.mutual_kl(logits1, logits2),
-            "aux_kl": total((self.mutual_kl(*pair) for pair in zip(aux1, aux2, strict=True)), logits1),
+            "aux_kl": sum_terms((self.mutual_kl(*pair) for pair in zip(aux1, aux2, strict=True)), logits1),
         }
         return terms, predictions((logits1[::rotations], aux1), (logits2[::rotations], aux2))
 
@@ -259,9 +259,9 @@ class DPCDLoss(Objective):
         ceds = (ced(deep, shallow, labels, self.temperature, self.ced_beta) for deep, shallow in pairs)
         terms = {
             "task": cross_entropy(logits, labels),
-            "aux": total((cross_entropy(aux, labels) for aux in aux_logits), logits),
+            "aux": sum_terms((cross_entropy(aux, labels) for aux in aux_logits), logits),
             "teacher_path": ramp(epoch, self.warmup_epochs) * path,
-            "self_path": total(ceds, logits),
+            "self_path": sum_terms(ceds, logits),
         }
         return terms, predictions((logits, aux_logits))
 

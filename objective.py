@@ -22,7 +22,7 @@ def split_outputs(outputs):
     return logits, list(aux_logits)
 
 
-def total(values, like):
+def sum_terms(values, like):
     """Sum of scalar tensors, a float32 zero on the device of `like` for none (a plain `sum` would give an int)."""
     return sum(values, torch.zeros((), device=like.device))
 
