@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
 import launcher  # isort: skip - before what takes seconds to import: it notes the parent, which may be killed meanwhile
@@ -17,6 +18,7 @@ import torch.distributed as dist
 import torchrun
 from utils import UserError, first_line, is_first_process
 
+TIMEOUT = timedelta(minutes=30)  # of a collective, such as the others' wait for the first one's download
 GRACE = 5  # seconds a process leaves the launcher to end it, before it tells what another has told already
 
 
@@ -87,7 +89,7 @@ def join(chosen, device):
 
     told = os.environ
     if told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or told.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
-        dist.init_process_group(chosen, device_id=device)
+        dist.init_process_group(chosen, timeout=TIMEOUT, device_id=device)
         return
     rank, size = int(told["RANK"]), int(told["WORLD_SIZE"])
     store = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), is_master=False)
@@ -95,7 +97,7 @@ def join(chosen, device):
     one_machine = told["LOCAL_WORLD_SIZE"] == told["WORLD_SIZE"]
     start = launcher.restarts() if one_machine else store.add(f"starts of {rank}", 1)
     store = dist.PrefixStore(f"start {start}", store)
-    dist.init_process_group(chosen, store=store, rank=rank, world_size=size, device_id=device)
+    dist.init_process_group(chosen, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device)
 
 
 def backend(asked, world):

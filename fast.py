@@ -127,5 +127,6 @@ class CompiledStep:
             return self.uncompiled(images, labels, epoch)
         try:
             return self.compiled(images, labels, self.epoch.fill_(epoch))
-        except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, no Triton
-            raise UserError(f"--compile: {first_line(error.inner_exception)}") from None
+        except getattr(torch._dynamo.exc, "ShortenTraceback", torch._dynamo.exc.BackendCompilerFailed) as error:
+            # No C++ compiler, no Triton, a GPU that is too old for it.
+            raise UserError(f"--compile: {first_line(getattr(error, 'inner_exception', error))}") from None

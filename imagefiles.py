@@ -23,7 +23,7 @@ import batches
 import datasets
 import distributed
 import launcher
-from utils import UserError
+from utils import UserError, first_line
 
 try:
     from torchvision.io import decode_jpeg
@@ -117,6 +117,8 @@ class Images(Dataset):
 class EncodedImages(Images):
     """Item (index, key) -> (the file's bytes (n,) uint8, label, item), for decoding on the device."""
 
+    told = False  # that some files are not decoded there
+
     def __getitem__(self, item):
         try:
             content = read_bytes(os.fsdecode(self.files.paths[item[0]]))
@@ -128,7 +130,13 @@ class EncodedImages(Images):
         """Return what `Images` gives for the files' `contents`, decoded on `device` in one call where all are plain JPEG."""
         try:
             images = decode_jpeg(contents, "RGB", device)
-        except RuntimeError:  # one of them is no JPEG that the device knows: on the CPU, image by image
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # one of them is no JPEG that the device knows: on the CPU, image by image
+            if not self.told:
+                told = f"--decode device: batches with files that it cannot read are read on the CPU ({first_line(error)})"
+                print(told, file=sys.stderr, flush=True)
+                self.told = True
             found = [super(EncodedImages, self).__getitem__(item) for item in items]
             return collate([(None if image is None else image.to(device), *rest) for image, *rest in found])
         images = [transformed(image, self.transform, key) for image, (_, key) in zip(images, items, strict=True)]
@@ -152,6 +160,22 @@ def collate_encoded(found):
     """Join `EncodedImages` items: all bytes in one tensor, each of which takes a worker a file descriptor, and lengths."""
     contents, labels, items = zip(*found, strict=True)
     return torch.cat(contents), [len(content) for content in contents], torch.stack(labels), list(items)
+
+
+def on_stream(stream, decoded, *args):
+    """Return `decoded(*args)`, images on the GPU first, computed on a `stream` of their own.
+
+    torchvision's decoder does not wait for the current stream before it writes into memory that was freed there, but whose last
+    use may be still to come.
+    """
+    current = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(stream):
+        stream.synchronize()
+        images, *rest = decoded(*args)
+    current.wait_stream(stream)
+    if images.is_cuda:
+        images.record_stream(current)
+    return images, *rest
 
 
 def stay(leaving, _):
@@ -186,6 +210,7 @@ class FileBatches:
         self.named, self.skipped = set(), 0  # unreadable images: told so far by this process, and of all in the last pass
         encoded = args.decode == "device"
         self.images = (EncodedImages if encoded else Images)(files, transform, fill and self.skip)
+        self.stream = torch.cuda.Stream(world.device) if encoded else None
         self.normalise = batches.Normaliser(datasets.IMAGENET_STATISTICS, world.device)
         self.plan, workers = Plan(), args.num_workers
         leaving = multiprocessing.RawValue("b", 0)
@@ -212,7 +237,7 @@ class FileBatches:
         for found in self.loader:
             if isinstance(self.images, EncodedImages):
                 content, lengths, *rest = found
-                found = self.images.decoded(list(content.split(lengths)), *rest, device)
+                found = on_stream(self.stream, self.images.decoded, list(content.split(lengths)), *rest, device)
             images, labels, bad = found
             if bad and not self.skip:
                 raise UserError(f"{bad[0]}; --skip-bad-images goes on without it")

@@ -158,7 +158,7 @@ def cost(network, size):
 def peak_memory(device):
     """Return the most memory, in MiB, that this process has taken: on its GPU, or of the machine where it has none."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_reserved(device) / 2**20  # CUDA graphs' memory counts as reserved alone
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

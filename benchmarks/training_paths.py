@@ -25,7 +25,7 @@ import loading  # noqa: E402
 import losses  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
-from metrics import multiply_adds, training_sums  # noqa: E402
+from metrics import multiply_adds, peak_memory, training_sums  # noqa: E402
 from precision import type_name  # noqa: E402
 
 
@@ -69,6 +69,7 @@ class Reference:
 
     def __init__(self, args, case, image_set, world, pair=None, sampler=None):
         self.device = world.device
+        torch.backends.cudnn.benchmark = True  # as in the engine, so that the ratio is not of this
         self.model, self.objective = pair or networks(case, len(image_set.classes))
         self.model.to(self.device)
         self.objective.to(self.device)
@@ -184,33 +185,33 @@ def ranged(found, digits):
 
 
 class Peak:
-    """Peak memory in MiB since its creation: the allocator's on a GPU, else the process's resident memory."""
+    """Peak memory in MiB: of a GPU's allocator since the process began, else the resident memory since this was made."""
 
     def __init__(self, device):
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
+        if device.type != "cuda":
             with suppress(OSError):  # where it is not allowed, the peak is that of the whole process so far
                 Path("/proc/self/clear_refs").write_text("5")
 
     def read(self):
         """Return the MiB."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
+            return peak_memory(self.device)
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def matmul_rate(device, dtype):
-    """Return the FLOP/s of a large matrix product: the median of five."""
+    """Return the FLOP/s of a large matrix product, on a GPU as precise as convolutions are there: the median of five."""
     side = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    times = []
+    times, before = [], torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     for _ in range(7):
         began = now(device)
         torch.mm(left, right)
         times.append(now(device) - began)
+    torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * side**3 / median(times[2:])
 
 

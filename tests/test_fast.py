@@ -17,6 +17,7 @@ import training_paths
 from contract import filled_network
 from scripts import QUICK, save_teacher
 from torch import nn
+from torch._inductor.exc import TritonMissing
 
 import augment
 import batches
@@ -174,12 +175,16 @@ def test_compiled_training_equals_eager_and_captures_one_graph(tmp_path, aot_eag
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_a_compiler_that_is_missing_is_told(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(FileNotFoundError("no working C++ compiler\nhere"), r"no working C\+\+ compiler$"), (TritonMissing(None), ".*[Tt]riton")],
+)
+def test_a_compiler_that_is_missing_is_told(error, said, tmp_path, monkeypatch):
     def backend(graph, inputs):
-        raise FileNotFoundError("no working C++ compiler\nhere")
+        raise error
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    with pytest.raises(UserError, match=r"^--compile: no working C\+\+ compiler$"):
+    with pytest.raises(UserError, match=f"^--compile: {said}"):
         trained(prepared(tmp_path, compiled=True), 1)
     torch._dynamo.reset()
 

@@ -1,6 +1,8 @@
 """An ImageNet-shaped folder of generated JPEGs: decoding, order, unreadable files, and the three scripts."""
 
+import contextlib
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -147,7 +149,24 @@ def test_random_crops_are_torchvisions(root):
     assert imagefiles.stacked([found, found]).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_decoding_a_batch_in_one_call(root):
+def test_decoding_on_the_gpu_waits_for_its_own_stream_alone(monkeypatch):
+    """And what trains waits for the decoded images."""
+    events = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: events.current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(events.entered(stream)))
+    images = mock.Mock(is_cuda=True)
+    events.decoded.return_value = images, "labels", "bad"
+    assert imagefiles.on_stream(events.own, events.decoded, "bytes", "items") == (images, "labels", "bad")
+    assert events.mock_calls == [
+        mock.call.entered(events.own),
+        mock.call.own.synchronize(),
+        mock.call.decoded("bytes", "items"),
+        mock.call.current.wait_stream(events.own),
+    ]
+    images.record_stream.assert_called_once_with(events.current)
+
+
+def test_decoding_a_batch_in_one_call(root, capsys):
     """The path of --decode device, on the CPU: the same crops, also where a file needs another decoder."""
     files, flip = imagefiles.find(root, train=True), train(root).images.transform
     items = [(index, (0, 0, index)) for index in range(4)]
@@ -161,6 +180,7 @@ def test_decoding_a_batch_in_one_call(root):
     for given in (contents, [io.read_file(path.decode()) for path in files.paths[:4]]):
         found = encoded.decoded(given, labels, items, torch.device("cpu"))
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[2] == []
+    assert capsys.readouterr().err.count("--decode device: batches with files that it cannot read") == 1
     with pytest.raises(UserError, match="needs a GPU"):
         train(root, "--decode", "device")
 
