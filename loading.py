@@ -49,9 +49,12 @@ def load(args, world, augmentation=crop_flip, test_size=None):
 def load_test(args, world, trained_size=None):
     """Read the test images of the data set of `args` and return their batches.
 
-    An image folder's are read at `trained_size` pixels a side where it is given, else at its own size.
+    An image folder's are read at `trained_size` pixels a side, as a file of weights may say, if that is a size of images in
+    memory, else at its own size.
     """
-    return test_batches(read(args, world, False, trained_size), args, world)
+    sizes = range(datasets.SMALLEST, datasets.LARGEST_IN_MEMORY + 1)
+    size = trained_size if type(trained_size) is int and trained_size in sizes else None  # a foreign file may say anything
+    return test_batches(read(args, world, False, size), args, world)
 
 
 def imagefiles():

@@ -31,6 +31,7 @@ METHODS = {
         "ced_beta": 8.0,
     },
 }
+KINDS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (heads over class and rotation)"}
 TEMPERATURE = {"hsakd": 3.0, "dpcd": 3.0, "kd": 4.0, "dkd": 4.0}
 
 
@@ -91,6 +92,12 @@ def finish(parser, argv=None):
         if low_high and low_high[0] > low_high[1]:
             parser.error(f"--{name.replace('_', '-')}: {low_high[0]:g} is above {low_high[1]:g}")
     return args
+
+
+def method_of(content, rotations):
+    """Return the method that a checkpoint's dict names, if it is one known here, else what the weights' heads tell."""
+    method = content.get("method")
+    return method if isinstance(method, str) and method in METHODS else KINDS[rotations]
 
 
 def by_family(table, name, default):

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import os
 import sys
 import time
@@ -162,10 +161,9 @@ class RunLog:
 
     def write(self, record):
         """Append one epoch's flat record; a number that is not finite becomes null, which every JSON reader knows."""
-        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(plain) + "\n")
+                file.write(json.dumps(utils.json_ready(record)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             for key, value in record.items():

@@ -6,14 +6,11 @@ Reads every layout that `utils.load_weights` knows. Rotations and number of clas
 """
 
 import json
-import math
 import os
 import time
 
-import numpy as np
 import torch
 
-import datasets
 import distributed
 import loading
 import methods
@@ -22,8 +19,6 @@ import options
 import utils
 from metrics import cost, evaluate
 from precision import resolve_precision
-
-KINDS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (heads over class and rotation)"}
 
 
 def parse_args(argv=None):
@@ -61,45 +56,13 @@ def export_backbone(network, result, path):
     utils.save_checkpoint({"net": utils.to_cpu(backbone.state_dict()), "epoch": result.get("recorded_epoch"), **about}, path)
 
 
-def recorded(content):
-    """Return the epoch and accuracy that a checkpoint's dict holds, whether as numbers or as arrays of one."""
-    found = {}
-    for key in ("epoch", "acc"):
-        value = content.get(key)
-        if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
-            value = value.item()
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[f"recorded_{key}"] = value
-    return found
-
-
-def trained_size(content):
-    """Return the side in pixels of the images that the weights were trained on, or None where the file says none."""
-    size = content.get("size")
-    known = (*range(datasets.SMALLEST, datasets.LARGEST_IN_MEMORY + 1), 224)
-    return size if type(size) is int and size in known else None  # a foreign file's `size` may be anything
-
-
-def method_of(content, rotations):
-    """Return the method that a checkpoint's dict names, if it is one known here, else what the weights' heads tell."""
-    method = content.get("method")
-    return method if isinstance(method, str) and method in methods.METHODS else KINDS[rotations]
-
-
-def finite(value):
-    """Return `value` with None for every number within its dicts that JSON has no word for: NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def main(args, world):
     """Test the weights and print the results."""
     num_classes, rotations = utils.weights_layout(args.student_weights)
     network = models.create(args.arch, num_classes, rotations or 4)
     content = utils.load_weights(network, args.student_weights, args.net)
     network = network.to(world.device, memory_format=torch.channels_last).eval()
-    images = loading.load_test(args, world, trained_size(content))
+    images = loading.load_test(args, world, content.get("size"))
     if len(images.classes) != num_classes:
         raise utils.UserError(f"{args.student_weights}: {num_classes} classes, but {args.dataset} has {len(images.classes)}")
     utils.warn_of_other_classes(content, images.classes, args.student_weights)
@@ -112,8 +75,8 @@ def main(args, world):
         "arch": args.arch,
         "dataset": args.dataset,
         "num_classes": num_classes,
-        "method": method_of(content, rotations if models.is_aux(args.arch) else None),
-        **recorded(content),
+        "method": methods.method_of(content, rotations if models.is_aux(args.arch) else None),
+        **utils.recorded(content),
         "images": images.total,
         **tested,
         **cost(network, images.size),
@@ -121,7 +84,7 @@ def main(args, world):
     }
     if not world.is_main:
         return
-    print(json.dumps(finite(result)) if args.json else "\n".join(lines(result)), flush=True)
+    print(json.dumps(utils.json_ready(result)) if args.json else "\n".join(lines(result)), flush=True)
     if args.export_backbone:
         export_backbone(network, result, args.export_backbone)
 

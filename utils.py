@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import platform
@@ -166,6 +167,25 @@ def warn_of_other_classes(content, classes, path):
     if isinstance(trained, str) and class_digest(classes) not in trained and is_first_process():
         told = f"warning: {path}: trained on the classes of another data set ({content.get('dataset')}): its outputs mean those"
         print(told, file=sys.stderr, flush=True)
+
+
+def recorded(content):
+    """Return the epoch and accuracy that a checkpoint's dict holds, whether as numbers or as arrays of one."""
+    found = {}
+    for key in ("epoch", "acc"):
+        value = content.get(key)
+        if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+            value = value.item()
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[f"recorded_{key}"] = value
+    return found
+
+
+def json_ready(value):
+    """Return `value` with None for every number within its dicts that JSON has no word for: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: json_ready(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(state):

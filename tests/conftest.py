@@ -18,6 +18,6 @@ def memory_is_given_back():
 
     Processes that tests start keep freed memory as a user's do.
     """
-    with pytest.MonkeyPatch.context() as patch:  # of the session: modules' fixtures train too
+    with pytest.MonkeyPatch.context() as patch:  # for all tests: modules' fixtures train too
         patch.setattr("fast.keep_memory", lambda: None)
         yield

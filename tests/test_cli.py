@@ -20,7 +20,6 @@ import losses
 import methods
 import models
 import runs
-import test_model
 import utils
 
 SCRIPTS = (*TRAINING, "eval_rep", "test_model")
@@ -153,8 +152,8 @@ def test_test_model(file, arch, flags, weights, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("acc", [76.5, torch.tensor(76.5), np.array([76.5])])
 def test_recorded_numbers_may_be_arrays_of_one(acc):
     content = {"net": {}, "epoch": 239, "acc": acc}
-    assert test_model.recorded(content) == {"recorded_epoch": 239, "recorded_acc": 76.5}
-    assert test_model.recorded({"acc": "none", "epoch": None}) == {}
+    assert utils.recorded(content) == {"recorded_epoch": 239, "recorded_acc": 76.5}
+    assert utils.recorded({"acc": "none", "epoch": None}) == {}
 
 
 def test_test_model_prints_lines_for_a_reader(weights, capsys):

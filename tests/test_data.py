@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as tv
 
 import batches
 import datasets
+import decoding
 import distributed
-import imagefiles
 import loading
 from augment import CropFlip
 from utils import UserError
@@ -309,7 +309,7 @@ def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
     """Also where torchvision's decoder, which ImageNet's pipeline tries first, hands it over."""
     shades = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(shades).save(tmp_path / "a.png")
-    for decode in (datasets.decode, imagefiles.decode):
+    for decode in (datasets.decode, decoding.decode):
         assert torch.equal(decode(tmp_path / "a.png"), torch.from_numpy((shades >> 8).astype(np.uint8)).expand(3, -1, -1))
 
 

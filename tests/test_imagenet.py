@@ -13,6 +13,7 @@ from scripts import WORLD, run, status
 from torchvision import io
 from torchvision.transforms import v2
 
+import decoding
 import imagefiles
 import loading
 import options
@@ -66,7 +67,7 @@ def test_every_colour_space_is_decoded(root):
     files = imagefiles.find(root, train=True)
     assert len(files) == 12 and files.classes == [f"n{i:08d}" for i in range(4)]
     for path in files.paths:
-        image, expected = imagefiles.decode(path.decode()), Image.open(path.decode())
+        image, expected = decoding.decode(path.decode()), Image.open(path.decode())
         assert image.dtype == torch.uint8 and image.shape == (3, expected.height, expected.width)
         if expected.mode != "CMYK":
             difference = image.int() - torch.from_numpy(np.array(expected.convert("RGB"))).permute(2, 0, 1)
@@ -111,12 +112,12 @@ def test_other_formats_than_jpeg_are_read_by_pillow(tmp_path):
     pixels = np.random.RandomState(0).randint(0, 256, (300, 300, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     path = (tmp_path / "a.png").rename(tmp_path / "a.JPEG")
-    assert torch.equal(imagefiles.decode(str(path)), torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(decoding.decode(str(path)), torch.from_numpy(pixels).permute(2, 0, 1))
     content = bytearray(path.read_bytes())
     content[5000] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="unreadable image"):
-        imagefiles.decode(str(path))
+        decoding.decode(str(path))
 
 
 def test_unreadable_images_are_told_once(damaged, capsys):
@@ -139,14 +140,14 @@ def test_a_pass_without_a_readable_image_says_so(root):
 
 def test_random_crops_are_torchvisions(root):
     """The same draws give torchvision's own pixels, and a batch of them is channels-last in memory."""
-    image = imagefiles.decode(root / "train" / "n00000000" / "0.JPEG")
+    image = decoding.decode(root / "train" / "n00000000" / "0.JPEG")
     for seed in range(8):
         torch.manual_seed(seed)
         expected = v2.RandomResizedCrop(224, antialias=True)(image)
         torch.manual_seed(seed)
-        found = imagefiles.random_resized_crop(image)
+        found = decoding.random_resized_crop(image)
         assert torch.equal(found, expected)
-    assert imagefiles.stacked([found, found]).is_contiguous(memory_format=torch.channels_last)
+    assert decoding.stacked([found, found]).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_decoding_on_the_gpu_waits_for_its_own_stream_alone(monkeypatch):
@@ -156,7 +157,7 @@ def test_decoding_on_the_gpu_waits_for_its_own_stream_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(events.entered(stream)))
     images = mock.Mock(is_cuda=True)
     events.decoded.return_value = images, "labels", "bad"
-    assert imagefiles.on_stream(events.own, events.decoded, "bytes", "items") == (images, "labels", "bad")
+    assert decoding.on_stream(events.own, events.decoded, "bytes", "items") == (images, "labels", "bad")
     assert events.mock_calls == [
         mock.call.entered(events.own),
         mock.call.own.synchronize(),
@@ -170,9 +171,9 @@ def test_decoding_a_batch_in_one_call(root, capsys):
     """The path of --decode device, on the CPU: the same crops, also where a file needs another decoder."""
     files, flip = imagefiles.find(root, train=True), train(root).images.transform
     items = [(index, (0, 0, index)) for index in range(4)]
-    expected = imagefiles.collate([imagefiles.Images(files, flip, False)[item] for item in items])
-    encoded = imagefiles.EncodedImages(files, flip, False)
-    content, lengths, labels, kept = imagefiles.collate_encoded([encoded[item] for item in items])
+    expected = decoding.collate([decoding.Images(files, flip, False)[item] for item in items])
+    encoded = decoding.EncodedImages(files, flip, False)
+    content, lengths, labels, kept = decoding.collate_encoded([encoded[item] for item in items])
     contents = list(content.split(lengths))
     images = io.decode_jpeg(contents, io.ImageReadMode.RGB)
     assert kept == items and len(images) == 4

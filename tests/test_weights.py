@@ -17,6 +17,7 @@ import torchvision
 from contract import classes, fill, filled_network, forward_values, layouts
 from torch import nn
 
+import loading
 import methods
 import models
 import test_model
@@ -391,22 +392,25 @@ def test_weights_that_execute_code_are_refused_and_not_executed(legacy, tmp_path
      (np.bool_(True), None), (np.str_("76"), None), (np.zeros(2), None), (1j, None)],
 )  # fmt: skip
 def test_recorded_accuracy_of_any_kind_of_number(acc, found):
-    assert test_model.recorded({"acc": acc}).get("recorded_acc") == found
+    assert utils.recorded({"acc": acc}).get("recorded_acc") == found
 
 
 @pytest.mark.parametrize(
     ("size", "found"),
-    [(8, 8), (96, 96), (224, 224), (7, None), (97, None), (-1, None), (10**9, None), (32.0, None), (True, None), ("32", None),
+    [(8, 8), (96, 96), (224, None), (7, None), (97, None), (-1, None), (10**9, None), (32.0, None), (True, None), ("32", None),
      ([32], None), (torch.tensor(32), None), (None, None)],
 )  # fmt: skip
-def test_size_that_a_file_names(size, found):
-    assert test_model.trained_size({"size": size}) == found
+def test_size_that_a_file_names(size, found, monkeypatch):
+    """An image folder is read at it where it is one of images in memory."""
+    monkeypatch.setattr(loading, "read", lambda args, world, train, size: size)
+    monkeypatch.setattr(loading, "test_batches", lambda size, args, world: size)
+    assert loading.load_test(None, None, size) == found
 
 
 @pytest.mark.parametrize("method", ["AT", "kd\n", "", 3, ["kd"], {"kd": 1}, None])
 def test_method_that_a_file_names(method):
-    assert test_model.method_of({"method": method}, 4) == test_model.KINDS[4]
-    assert test_model.method_of({"method": "kd"}, None) == "kd"
+    assert methods.method_of({"method": method}, 4) == methods.KINDS[4]
+    assert methods.method_of({"method": "kd"}, None) == "kd"
 
 
 def test_json_of_numbers_that_are_not_finite(tmp_path, capsys):
@@ -418,8 +422,8 @@ def test_json_of_numbers_that_are_not_finite(tmp_path, capsys):
         raise ValueError(word)
 
     found = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    assert found["recorded_acc"] is None and found["recorded_epoch"] is None and found["method"] == test_model.KINDS[4]
-    assert test_model.finite({"a": {"b": -math.inf}, "c": 1.5, "d": "nan"}) == {"a": {"b": None}, "c": 1.5, "d": "nan"}
+    assert found["recorded_acc"] is None and found["recorded_epoch"] is None and found["method"] == methods.KINDS[4]
+    assert utils.json_ready({"a": {"b": -math.inf}, "c": 1.5, "d": "nan"}) == {"a": {"b": None}, "c": 1.5, "d": "nan"}
 
 
 @pytest.mark.parametrize("to", ["absent/b.pth", ".", "sub/", ""])

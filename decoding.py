@@ -1,0 +1,137 @@
+"""From an image file to what a network sees of it: decoded, on the CPU or the GPU, and transformed by a seed of its own."""
+
+import os
+import sys
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+import datasets
+from utils import UserError, first_line
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # torchvision has announced that decoding will leave it; PIL reads the files then
+    decode_jpeg = None
+
+SIZE = 224
+REPLACEMENTS = 100  # images tried in place of an unreadable one
+JPEG = [0xFF, 0xD8, 0xFF]  # how a JPEG file begins
+
+
+def read_bytes(path):
+    """Return the bytes of the file at `path`, (n,) uint8; OSError where it cannot be read."""
+    return torch.from_numpy(np.fromfile(path, np.uint8))
+
+
+def decode(path):
+    """Return the image at `path` as (3, H, W) uint8, whatever its colour space; UserError where it cannot be read."""
+    with suppress(OSError, RuntimeError):
+        content = read_bytes(path)
+        if decode_jpeg and content[:3].tolist() == JPEG:  # of other formats its decoders crash on some damaged files
+            return decode_jpeg(content, "RGB")
+    return datasets.decode(path)  # slower, but knows more formats and says what is wrong
+
+
+def transformed(image, transform, key):
+    """Return `transform(image)` with torch's generator seeded by the whole numbers `key`, and left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
+        return transform(image)
+
+
+def random_resized_crop(image):
+    """Return torchvision's RandomResizedCrop(224) of image (3, H, W) uint8, in the layout that `stacked` joins fastest."""
+    top, left, height, width = v2.RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    pixels = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
+    return v2.functional.resize(pixels.permute(2, 0, 1), [SIZE, SIZE], antialias=True)
+
+
+class Images(Dataset):
+    """Item (index, key) -> (image (3, 224, 224) uint8 or None, its label, lines about unreadable images met).
+
+    With `fill` the next readable image takes the place of an unreadable one.
+    """
+
+    def __init__(self, files, transform, fill):
+        self.files, self.transform, self.fill = files, transform, fill
+
+    def __getitem__(self, item):
+        index, key = item
+        bad = []
+        for at in range(index, index + (REPLACEMENTS if self.fill else 1)):
+            at %= len(self.files)
+            try:
+                image = decode(os.fsdecode(self.files.paths[at]))
+            except UserError as error:
+                bad.append(str(error))
+                continue
+            return transformed(image, self.transform, key), self.files.labels[at], bad
+        return None, None, bad
+
+
+class EncodedImages(Images):
+    """Item (index, key) -> (the file's bytes (n,) uint8, label, item), for decoding on the device."""
+
+    told = False  # that some files are not decoded there
+
+    def __getitem__(self, item):
+        try:
+            content = read_bytes(os.fsdecode(self.files.paths[item[0]]))
+        except OSError:
+            content = torch.zeros(0, dtype=torch.uint8)
+        return content, self.files.labels[item[0]], item
+
+    def decoded(self, contents, labels, items, device):
+        """Return what `Images` gives for the files' `contents`, decoded on `device` in one call where all are plain JPEG."""
+        try:
+            images = decode_jpeg(contents, "RGB", device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # one of them is no JPEG that the device knows: on the CPU, image by image
+            if not self.told:
+                told = f"--decode device: batches with files that it cannot read are read on the CPU ({first_line(error)})"
+                print(told, file=sys.stderr, flush=True)
+                self.told = True
+            found = [super(EncodedImages, self).__getitem__(item) for item in items]
+            return collate([(None if image is None else image.to(device), *rest) for image, *rest in found])
+        images = [transformed(image, self.transform, key) for image, (_, key) in zip(images, items, strict=True)]
+        return stacked(images), labels, []
+
+
+def collate(found):
+    """Join `Images` items into (images, labels, lines about unreadable ones), without those that have no image."""
+    images, labels, bad = zip(*found, strict=True)
+    images, labels = ([part for part in parts if part is not None] for parts in (images, labels))
+    joined = (stacked(images), torch.stack(labels)) if images else (torch.zeros(0), torch.zeros(0))
+    return *joined, sum(bad, [])
+
+
+def stacked(images):
+    """Join (3, H, W) images into (B, 3, H, W) in channels-last layout, in which decoded pixels come and networks run."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def collate_encoded(found):
+    """Join `EncodedImages` items: all bytes in one tensor, each of which takes a worker a file descriptor, and lengths."""
+    contents, labels, items = zip(*found, strict=True)
+    return torch.cat(contents), [len(content) for content in contents], torch.stack(labels), list(items)
+
+
+def on_stream(stream, decoded, *args):
+    """Return `decoded(*args)`, images on the GPU first, computed on a `stream` of their own.
+
+    torchvision's decoder does not wait for the current stream before it writes into memory that was freed there, but whose last
+    use may be still to come.
+    """
+    current = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(stream):
+        stream.synchronize()
+        images, *rest = decoded(*args)
+    current.wait_stream(stream)
+    if images.is_cuda:
+        images.record_stream(current)
+    return images, *rest
