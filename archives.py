@@ -4,7 +4,7 @@ Folders of the same layout with other contents, such as a subset, are read too; 
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -51,11 +51,15 @@ def download(kind, published, folder):
     """Download and unpack the archive that becomes `folder`; UserError where that fails."""
     from torchvision.datasets.utils import download_and_extract_archive
 
+    is_new = not folder.parent.exists()
     try:
         download_and_extract_archive(published.url, str(folder.parent), filename=published.filename, md5=published.tgz_md5)
     except (OSError, RuntimeError, EOFError, ValueError, HTTPException) as error:
         if folder.is_dir():
             raise damaged(folder, first_line(error)) from None
+        if is_new:
+            with suppress(OSError):  # where something of it is there
+                folder.parent.rmdir()
         raise UserError(f"{kind}: unpack its archive so that {folder} exists ({first_line(error)})") from None
 
 
@@ -82,9 +86,16 @@ def warn_of_other_contents(folder, sums):
         print(told, file=sys.stderr, flush=True)
 
 
+def text(value):
+    """Return bytes as text, and other values as they are."""
+    return value.decode("latin1") if isinstance(value, bytes) else value
+
+
 def entries(path, *keys):
     """Return the entries `keys` of the dict pickled at `path`."""
     found = ArrayUnpickler(path.read_bytes()).load()
+    if isinstance(found, dict):  # read with encoding="bytes" and written again, it has bytes for texts
+        found = {text(key): value for key, value in found.items()}
     lacking = [key for key in keys if not isinstance(found, dict) or key not in found]
     if lacking:
         raise ValueError(f"it has no entry {lacking[0]!r}")
@@ -109,7 +120,8 @@ def read_cifar(published, folder, train):
     labels_key = names_key.replace("_names", "s")  # label_names, labels; fine_label_names, fine_labels
     with named(folder / published.meta["filename"]) as path:
         (classes,) = entries(path, names_key)
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        classes = [text(name) for name in classes] if isinstance(classes, list) else None
+        if classes is None or not all(isinstance(name, str) for name in classes):
             raise ValueError(f"its {names_key} are no list of texts")
     images, labels = [], []
     for name, _ in published.train_list if train else published.test_list:

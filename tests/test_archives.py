@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +118,25 @@ def test_download_that_breaks_off_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", half)
     assert "is damaged or incomplete (disk full): move it away" in refused("cifar10", tmp_path)
     assert "is damaged or incomplete (test_batch: No such file or directory)" in refused("cifar10", tmp_path)
+
+
+def test_download_that_fails_leaves_no_folder(monkeypatch, tmp_path):
+    def none(url, root, **_):
+        Path(root).mkdir()
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", none)
+    assert "unpack its archive" in refused("cifar10", tmp_path / "typo") and not list(tmp_path.iterdir())
+
+
+def test_bytes_for_texts_are_read(tmp_path):
+    """As pickle.load(file, encoding="bytes") and pickle.dump leave them."""
+    for name, content in write_cifar(tmp_path, "cifar10").items():
+        found = {
+            key.encode(): [text.encode() for text in value] if key == "label_names" else value for key, value in content.items()
+        }
+        pickled(tmp_path / "cifar-10-batches-py" / name, found, 4)
+    assert datasets.load("cifar10", str(tmp_path), False).classes == [f"class{i}" for i in range(10)]
 
 
 @pytest.mark.parametrize("protocol", [None, 0, 2, 4, 5])
