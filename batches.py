@@ -34,6 +34,14 @@ def steps_of_epoch(count, batch_size, world, limit=None):
     return min(steps, limit or steps)
 
 
+def share_of_test(length, limit, world):
+    """Return this rank's positions (n,) in a test set of `length`: of every image, or of `limit` spread over all classes."""
+    count = min(length, limit or length)
+    if count < world.size:
+        raise UserError(f"fewer test images ({count}) than processes ({world.size})")
+    return (torch.arange(count) * length // count)[world.rank :: world.size]
+
+
 class Normaliser:
     """uint8 images to normalised float32 in channels-last layout, (x / 255 - mean) / std."""
 
@@ -94,11 +102,7 @@ class TestBatches:
 
     def __init__(self, image_set, batch_size, world, limit=None):
         self.classes, self.size = image_set.classes, image_set.size
-        count = min(len(image_set), limit * batch_size) if limit else len(image_set)
-        if count < world.size:
-            raise UserError(f"fewer test images ({count}) than processes ({world.size})")
-        mine = torch.arange(world.rank, count, world.size)
-        share = image_set.subset(mine)
+        share = image_set.subset(share_of_test(len(image_set), limit and limit * batch_size, world))
         self.images = share.images().to(world.device)
         self.labels = share.labels.to(world.device)
         self.normalise = Normaliser(image_set.statistics, world.device)

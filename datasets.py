@@ -95,9 +95,14 @@ def files_below(folder):
     """Yield the path of every file below `folder`, links followed, each folder once (a link may lead back to a parent).
 
     What is hidden is left out, such as the `._1.png` that macOS leaves beside 1.png in an archive.
+    UserError where a folder cannot be read.
     """
+
+    def stop(error):
+        raise UserError(f"{error.filename}: {error.strerror}")
+
     visited = set()
-    for at, folders, files in os.walk(folder, followlinks=True):
+    for at, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(at)
         if real in visited:
             folders.clear()

@@ -174,10 +174,7 @@ class TestBatches(FileBatches):
         super().__init__(files, transform, args, world, fill=False)
         self.classes, self.size = files.classes, decoding.SIZE
         size = max(args.batch_size // world.size, 1)
-        count = min(len(files), self.limit * args.batch_size) if self.limit else len(files)
-        if count < world.size:
-            raise UserError(f"fewer test images ({count}) than processes ({world.size})")
-        self.mine = range(world.rank, count, world.size)
+        self.mine = batches.share_of_test(len(files), self.limit and self.limit * args.batch_size, world).tolist()
         self.listed = distributed.count_over_ranks(len(self.mine), world)
         self.items = [[(i, (0,)) for i in self.mine[at : at + size]] for at in range(0, len(self.mine), size)]
 

@@ -1,6 +1,7 @@
 """Data: the distributions of torchvision's transforms, the order of an epoch, its split over processes, the data sets."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -237,6 +238,32 @@ def test_validation_split_is_held_out_of_the_training_images():
     assert len(train) + len(held_out) == 1437 and abs(len(held_out) - 287) <= 1
     assert not {x.numpy().tobytes() for x in train} & {x.numpy().tobytes() for x in held_out}
     assert len(data.test) == 360 and (data.num_classes, data.size) == (10, 32)
+
+
+@pytest.mark.parametrize("limit", [None, 7, 10, 99])
+def test_limited_test_images_are_spread_over_all_classes(limit):
+    """Files lie class by class: the first ones alone would be of one class. Each image once, whatever the processes."""
+    chosen = [batches.share_of_test(30, limit, world(rank, size)).tolist() for size in (1, 3) for rank in range(size)]
+    assert sorted(sum(chosen[1:], [])) == chosen[0] == sorted(set(chosen[0])) and len(chosen[0]) == min(limit or 30, 30)
+    counts = np.bincount(np.array(chosen[0]) // 10, minlength=3)
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("name", ["a", "part"])
+def test_a_folder_that_cannot_be_read_drops_no_images(name, tmp_path, monkeypatch):
+    """A class folder or one within it: its images would be missing without a word."""
+    (tmp_path / "a" / "part").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "0.png")
+    scan = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == name:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=f"{name}: Permission denied"):
+        datasets.class_folders(tmp_path)
 
 
 def test_subset_of_a_subset():
