@@ -136,7 +136,8 @@ def run(parse_args, main):
             raise
         fail(*told)
     leave()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # all is done: what a scheduler asks for now must not kill
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # all is done: what a scheduler asks for now must not kill
+        signal.signal(number, signal.SIG_IGN)
     if status is not None:
         sys.exit(status)
 
@@ -157,6 +158,8 @@ def machines_fault(error):
         return f"{first_line(error)}: lower --batch-size, or compute it in parts with --accumulate", 2
     if "DataLoader worker" in str(error):
         return f"a process that reads images has ended ({first_line(error)}): with fewer --num-workers they take less memory", 1
+    if isinstance(error, PermissionError):
+        return f"{error.filename}: {error.strerror}", 2
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
         with contextlib.suppress(OSError):  # else what is still to be printed fails once more, when the interpreter ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,7 @@ that a CPU does not know well, compilation."""
 import copy
 import ctypes
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
@@ -125,8 +125,14 @@ class CompiledStep:
     def __call__(self, images, labels, epoch):
         if len(images) != self.size:
             return self.uncompiled(images, labels, epoch)
-        try:
-            return self.compiled(images, labels, self.epoch.fill_(epoch))
-        except getattr(torch._dynamo.exc, "ShortenTraceback", torch._dynamo.exc.BackendCompilerFailed) as error:
-            # No C++ compiler, no Triton, a GPU that is too old for it.
-            raise UserError(f"--compile: {first_line(getattr(error, 'inner_exception', error))}") from None
+        return self.compiled(images, labels, self.epoch.fill_(epoch))
+
+
+@contextmanager
+def compiler_explained():
+    """Turn what torch.compile lacks on this machine, in a forward or backward pass, into a UserError."""
+    try:
+        yield
+    except getattr(torch._dynamo.exc, "ShortenTraceback", torch._dynamo.exc.BackendCompilerFailed) as error:
+        # No C++ compiler, no Triton, a GPU that is too old for it.
+        raise UserError(f"--compile: {first_line(getattr(error, 'inner_exception', error))}") from None

@@ -84,6 +84,8 @@ def read_checkpoint(path):
         # Torch tells the number of the instruction.
         reason = re.sub(r"^Unsupported operand.*", "damaged, or no checkpoint that torch.save wrote", first_line(error))
         raise UserError(f"{path}: not a checkpoint that loads safely ({reason})") from None
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:  # damaged files make the unpickler fail in a dozen ways
         raise UserError(f"{path}: corrupt or not a checkpoint ({first_line(error)})") from None
     if damaged:

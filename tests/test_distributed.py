@@ -371,6 +371,7 @@ def test_what_the_machine_lacks_is_one_line():
     """A data worker killed for memory and a full disk; of other errors the traceback is wanted."""
     worker = RuntimeError("DataLoader worker (pid(s) 1234) exited unexpectedly")
     assert "fewer --num-workers" in distributed.machines_fault(worker)[0]
+    assert distributed.machines_fault(PermissionError(13, "Permission denied", "data")) == ("data: Permission denied", 2)
     for error in (RuntimeError("shape mismatch"), OSError(2, "no file")):
         assert distributed.machines_fault(error) is None
 
