@@ -16,7 +16,7 @@ import launcher
 import runs
 import utils
 from metrics import Totals, evaluate, peak_memory, summary, training_sums
-from precision import autocast, resolve_precision, type_name
+from precision import TYPES, autocast, resolve_precision, type_name
 from preemption import Preempted, StopSignal
 
 HEADS_EVERY = 10  # epochs between tests of all auxiliary heads; the backbone is tested every epoch
@@ -115,9 +115,9 @@ class Run:
             torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten from here on
         for number, (x, y) in enumerate(chunks, 1):
             waiting = self.world.size > 1 and number < len(chunks)
-            with self.wrapped.no_sync() if waiting else contextlib.nullcontext():
-                with self.single_image_explained(len(x)):
-                    loss, sums = self.forward(x, y, epoch)
+            unsynced = self.wrapped.no_sync() if waiting else contextlib.nullcontext()
+            with unsynced, self.single_image_explained(len(x)), fast.compiler_explained():
+                loss, sums = self.forward(x, y, epoch)
                 self.scaler.scale(loss * (len(x) / len(images))).backward()
             self.totals.add(sums, len(x))
         self.scaler.step(self.optimizer)
@@ -177,6 +177,7 @@ class Run:
         # The later of two equal epochs: on a frozen backbone all are, and its classifiers learn on.
         if record[f"{chosen_on}/top1"] >= self.best["acc"]:
             self.best = {"acc": record[f"{chosen_on}/top1"], "epoch": epoch + 1, "net": record.get(f"{chosen_on}/net")}
+            self.best["test"] = record["test/top1"]
         record.update({"best/top1": self.best["acc"], "best/epoch": self.best["epoch"]})
         if self.best["net"] is not None:
             record["best/net"] = self.best["net"]
@@ -254,9 +255,9 @@ def train(run):
         say(run, f"stopped by a signal at epoch {run.epoch + 1}, step {run.step_in_epoch}: go on with --resume")
         sys.exit(143)
     if run.last_accuracy is not None:
-        chosen_on = "the test set" if data.val is None else "held-out training images"
-        say(run, f"best top-1 {run.best['acc']:.2f} at epoch {run.best['epoch']} (selected on {chosen_on}), "
-                 f"last {run.last_accuracy:.2f}")  # fmt: skip
+        chosen_on = "the test set" if data.val is None else f"held-out training images, {run.best['acc']:.2f} there"
+        best = run.best.get("test", run.best["acc"])
+        say(run, f"best top-1 {best:.2f} at epoch {run.best['epoch']} (selected on {chosen_on}), last {run.last_accuracy:.2f}")
     return run.best
 
 
@@ -280,7 +281,9 @@ def one_epoch(run, epoch, stop):
 def report_best(run):
     """Test the run folder's best weights with all heads, print and return the accuracies."""
     path = run.folder.best if run.folder.best.exists() else run.folder.last
-    utils.load_weights(run.model, path)
+    content = utils.load_weights(run.model, path)
+    if run.args.amp == "auto":
+        run.precision = TYPES.get(content.get("precision"), run.precision)
     means = evaluate(run.model, run.data.test, run.world.device, run.precision, heads=True)
-    say(run, f"{path}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
+    say(run, f"{path}, {type_name(run.precision)}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
     return means

@@ -41,7 +41,7 @@ def add_arguments(parser, tarch="wrn_40_2_aux"):
     number = options.not_negative
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", type=options.path, required=True, help="trained weights of the teacher")
-    add("--net", type=int, choices=[1, 2], default=1, help="network of a mutual pair's weights in --tcheckpoint")
+    add("--net", type=int, choices=[1, 2], help="network of a mutual pair's weights in --tcheckpoint (1)")
     add("--method", choices=list(METHODS), default="hsakd")
     add("--kd_T", type=options.above_zero, help="temperature; default 3 for hsakd and dpcd, 4 for kd and dkd (1 on ImageNet)")
     add("--ce-weight", type=number, help="kd: weight of the cross-entropy (0.1)")
@@ -115,7 +115,7 @@ def load_teacher(args, classes):
     if known != len(classes):
         raise utils.UserError(f"{args.tcheckpoint}: a teacher of {known} classes, but {args.dataset} has {len(classes)}")
     teacher = models.create(args.tarch, known, rotations or 4)
-    content = utils.load_weights(teacher, args.tcheckpoint, args.net)
+    content = utils.load_weights(teacher, args.tcheckpoint, args.net or 1)
     if args.method == "hsakd" and rotations != 4:
         raise utils.UserError(f"{args.tcheckpoint}: its heads tell {rotations} rotation apart, hsakd needs 4")
     utils.warn_of_other_classes(content, classes, args.tcheckpoint)

@@ -103,7 +103,7 @@ def base_parser(script, description, arch, dataset_name="cifar100"):
     add("--data", type=path, default="./data", help="folder of the data set")
     add("--dataset", type=dataset, default=dataset_name, help=", ".join(DATASETS))
     add("--batch-size", type=positive, default=64, help="images a step, over all processes")
-    add("--limit-batches", type=positive, help="stop every pass after this many batches (quick trials)")
+    add("--limit-batches", type=positive, help="quick trials: stop every pass after so many batches")
     add("--num-workers", type=natural, default=4, help="threads or processes that decode image files")
     add("--decode", choices=["cpu", "device"], default="cpu", help="imagenet: where JPEG files are decoded")
     add("--skip-bad-images", action="store_true", help="imagenet: go on without unreadable images, and name them")
@@ -218,3 +218,14 @@ def require_pair(parser, args):
     if not models.is_pair(args.arch):
         half = models.backbone_name(args.arch)
         parser.error(f"--arch {args.arch} is one network, not a mutual pair: name it twice, {half}_{half}")
+
+
+def check_export(parser, path, weights):
+    """Exit with one line where the backbone could not be written to `path`, or would overwrite the tested `weights`."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        parser.error(f"--export-backbone: cannot write {path}: no such folder: {folder}")
+    if not os.path.basename(path) or os.path.isdir(path):
+        parser.error(f"--export-backbone: cannot write {path!r}: expected the name of a file")
+    if os.path.realpath(weights) in map(os.path.realpath, (path, f"{path}.tmp")):
+        parser.error("--export-backbone would overwrite --student-weights")

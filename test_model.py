@@ -6,7 +6,6 @@ Reads every layout that `utils.load_weights` knows. Rotations and number of clas
 """
 
 import json
-import os
 import time
 
 import torch
@@ -18,7 +17,7 @@ import models
 import options
 import utils
 from metrics import cost, evaluate
-from precision import resolve_precision
+from precision import resolve_precision, type_name
 
 
 def parse_args(argv=None):
@@ -34,19 +33,8 @@ def parse_args(argv=None):
     if models.is_pair(args.arch):
         args.arch = models.member_name(args.arch)
     if args.export_backbone is not None:
-        check_export(parser, args.export_backbone, args.student_weights)
+        options.check_export(parser, args.export_backbone, args.student_weights)
     return args
-
-
-def check_export(parser, path, weights):
-    """Exit with one line where the backbone could not be written to `path`, or would overwrite the tested `weights`."""
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        parser.error(f"--export-backbone: cannot write {path}: no such folder: {folder}")
-    if not os.path.basename(path) or os.path.isdir(path):
-        parser.error(f"--export-backbone: cannot write {path!r}: expected the name of a file")
-    if os.path.realpath(weights) in map(os.path.realpath, (path, f"{path}.tmp")):
-        parser.error("--export-backbone would overwrite --student-weights")
 
 
 def export_backbone(network, result, path):
@@ -78,6 +66,7 @@ def main(args, world):
         "method": methods.method_of(content, rotations if models.is_aux(args.arch) else None),
         **utils.recorded(content),
         "images": images.total,
+        "precision": type_name(precision),
         **tested,
         **cost(network, images.size),
         "images_per_second": images.total / seconds,

@@ -426,16 +426,22 @@ def test_held_out_images_select(tmp_path, monkeypatch, capsys):
     scripted_accuracies(monkeypatch, [50.0, 10.0, 40.0, 90.0])
     argv = [*QUICK, "--epochs", "2", "--arch", "resnet8_aux", "--val-split", "0.2", "--checkpoint-dir", tmp_path]
     run("train_teacher_cifar", *argv)
-    assert "best top-1 50.00 at epoch 1 (selected on held-out training images), last 90.00" in capsys.readouterr().out
+    assert (
+        "best top-1 10.00 at epoch 1 (selected on held-out training images, 50.00 there), last 90.00" in capsys.readouterr().out
+    )
     assert torch.load(tmp_path / TEACHER_RUN / "resnet8_aux_best.pth.tar", weights_only=True)["epoch"] == 1
     assert {"val/top1", "test/top1"} <= log_lines(tmp_path / TEACHER_RUN)[0].keys()
 
 
-def test_evaluate_tests_the_best_weights_and_writes_nothing(whole_teacher, capsys, tmp_path):
+def test_evaluate_tests_the_best_weights_and_writes_nothing(whole_teacher, capsys, tmp_path, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in whole_teacher.iterdir()}
     run("train_teacher_cifar", *TEACHER, "--checkpoint-dir", whole_teacher.parent, "--evaluate")
     output = capsys.readouterr().out
     assert "resnet8_aux_best.pth.tar" in output and "aux3_joint" in output
+    assert "resnet8_aux_best.pth.tar, float32: " in output
+    monkeypatch.setattr(engine, "resolve_precision", lambda amp, device: torch.bfloat16)
+    run("train_teacher_cifar", *TEACHER, "--checkpoint-dir", whole_teacher.parent, "--evaluate", "--amp", "auto")
+    assert capsys.readouterr().out == output  # in the precision it was trained in
     top1 = float(output.split(" top1 ")[1].split(",")[0])
     assert top1 == round(max(line["test/top1"] for line in log_lines(whole_teacher)), 2)
     assert before == {path.name: path.stat().st_mtime_ns for path in whole_teacher.iterdir()}
