@@ -2,7 +2,8 @@
 
     python benchmarks/input_pipeline.py --data FOLDER [--images 2000] [--rounds 7]
 
-FOLDER holds <class>/*.JPEG, a few images being enough: hard links replicate them to `--images` files. Both loaders read
+FOLDER holds train/<class>/*.JPEG or <class>/*.JPEG, a few images being enough: hard links beside it, taken away at the end,
+replicate them to `--images` files. Both loaders read
 in this process (one core, no workers), in turns over slices of the same files; the ratio is the median over the rounds.
 v1 ends in normalised float32; here a worker ends in uint8, and the device normalises (the last line does it on this core).
 """
@@ -26,15 +27,21 @@ import fast  # noqa: E402
 import imagefiles  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
+import options  # noqa: E402
 from distributed import World  # noqa: E402
 
 BATCH = 50
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def replicate(source, target, count):
-    """Fill `target`/train with `count` hard links (copies across file systems) to the images of `source`/<class>/."""
-    files = sorted(path for path in Path(source).glob("*/*") if path.is_file())
+def image_files(folder):
+    """Return the files of `folder`/train/<class>/, or of `folder`/<class>/ where there is no train/."""
+    folder = Path(folder)
+    return sorted(path for path in (folder / "train" if (folder / "train").is_dir() else folder).glob("*/*") if path.is_file())
+
+
+def replicate(files, target, count):
+    """Fill `target`/train with `count` hard links (copies across file systems) to image files, by their folders' names."""
     for number, path in enumerate(itertools.islice(itertools.cycle(files), count)):
         folder = Path(target) / "train" / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,16 +91,21 @@ def needed(flops):
 
 def main():
     """Measure in turns and print both speeds, their ratio and its spread."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of <class>/*.JPEG")
-    parser.add_argument("--images", type=int, default=2000, help="files to replicate them to")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of the two loaders; the first is not counted")
-    parser.add_argument("--tflops", type=float, default=400.0, help="what the networks' device computes, for their need")
+    parser = options.Parser(__doc__)
+    parser.add_argument("--data", required=True, type=options.path, help="folder of train/<class>/*.JPEG")
+    parser.add_argument("--images", type=options.positive, default=2000, help="files to replicate them to")
+    parser.add_argument("--rounds", type=options.positive, default=7, help="turns of the two loaders; the first is not counted")
+    parser.add_argument("--tflops", type=options.above_zero, default=400.0, help="speed of the device that trains")
     args = parser.parse_args()
+    files = image_files(args.data)
+    if not files:
+        parser.error(f"--data {args.data}: no images at train/<class>/* or <class>/*")
+    if args.images < args.rounds * BATCH:
+        parser.error(f"--images {args.images}: {args.rounds} rounds take {args.rounds * BATCH} or more")
     torch.set_num_threads(1)
     fast.keep_memory()  # as a run on the CPU does; the other loader gains from it too
     with tempfile.TemporaryDirectory(dir=Path(args.data).resolve().parent) as root:
-        replicate(args.data, root, args.images)
+        replicate(files, root, args.images)
         plain, ours = plain_loader(root), our_batches(root)
         order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
         size = max(len(order) // args.rounds // BATCH, 1) * BATCH

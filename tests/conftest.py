@@ -12,12 +12,12 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def memory_is_given_back():
     """Leave the test process's allocator as it is: a run would change it for all later tests, which cannot undo that.
 
     Processes that tests start keep freed memory as a user's do.
     """
-    with pytest.MonkeyPatch.context() as patch:  # for all tests: modules' fixtures train too
+    with pytest.MonkeyPatch.context() as patch:  # modules' fixtures train too
         patch.setattr("fast.keep_memory", lambda: None)
         yield

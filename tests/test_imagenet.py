@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from unittest import mock
 
+import input_pipeline
 import numpy as np
 import pytest
 import torch
@@ -184,6 +185,22 @@ def test_decoding_a_batch_in_one_call(root, capsys):
     assert capsys.readouterr().err.count("--decode device: batches with files that it cannot read") == 1
     with pytest.raises(UserError, match="needs a GPU"):
         train(root, "--decode", "device")
+
+
+def test_benchmark_of_the_input_pipeline(root, tmp_path, capsys, monkeypatch):
+    """On a folder as ImageNet's; too little to measure is one line."""
+    monkeypatch.setattr(input_pipeline.fast, "keep_memory", lambda: None)
+    for words, said in ((["--data", tmp_path], "no images at"), (["--data", root, "--images", "60"], "take 350 or more")):
+        monkeypatch.setattr("sys.argv", ["input_pipeline.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            input_pipeline.main()
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    monkeypatch.setattr(input_pipeline, "BATCH", 4)
+    monkeypatch.setattr("sys.argv", ["input_pipeline.py", "--data", str(root), "--images", "16", "--rounds", "2"])
+    threads = torch.get_num_threads()
+    input_pipeline.main()
+    torch.set_num_threads(threads)
+    assert "ImageFolder + v1 transforms" in capsys.readouterr().out
 
 
 def test_missing_folder(tmp_path, capsys):
