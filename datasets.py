@@ -212,6 +212,8 @@ def load(name, root, train, workers=4, size=None):
         root = root / "tiny-imagenet-200"
     folders = [root / "train", root / "val_sorted", root / "val", root / "test"]
     if name == "tinyimagenet":
+        if not any(folder.is_dir() for folder in folders):
+            raise UserError(f"tinyimagenet: unpack tiny-imagenet-200.zip so that {root / 'tiny-imagenet-200'} exists")
         if (root / "val" / "images").is_dir() and not class_names(folders[1]):
             raise UserError(f"{root}: sort its validation images first: python data/preprocess_tinyimagenet.py {root}")
         folders.pop()

@@ -158,7 +158,7 @@ def machines_fault(error):
         return f"{first_line(error)}: lower --batch-size, or compute it in parts with --accumulate", 2
     if "DataLoader worker" in str(error):
         return f"a process that reads images has ended ({first_line(error)}): with fewer --num-workers they take less memory", 1
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}", 2
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
         with contextlib.suppress(OSError):  # else what is still to be printed fails once more, when the interpreter ends

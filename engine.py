@@ -257,7 +257,8 @@ def train(run):
     if run.last_accuracy is not None:
         chosen_on = "the test set" if data.val is None else f"held-out training images, {run.best['acc']:.2f} there"
         best = run.best.get("test", run.best["acc"])
-        say(run, f"best top-1 {best:.2f} at epoch {run.best['epoch']} (selected on {chosen_on}), last {run.last_accuracy:.2f}")
+        at = f"epoch {run.best['epoch']}" + (f" of network {run.best['net']}" if run.best["net"] else "")
+        say(run, f"best top-1 {best:.2f} at {at} (selected on {chosen_on}), last {run.last_accuracy:.2f}")
     return run.best
 
 
@@ -285,5 +286,6 @@ def report_best(run):
     if run.args.amp == "auto":
         run.precision = TYPES.get(content.get("precision"), run.precision)
     means = evaluate(run.model, run.data.test, run.world.device, run.precision, heads=True)
-    say(run, f"{path}, {type_name(run.precision)}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
+    told = (f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in means.items())
+    say(run, f"{path}, {type_name(run.precision)}: {', '.join(told)}")
     return means

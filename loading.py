@@ -1,5 +1,6 @@
 """From the command line's data set to batches: what is read, what is held out, and where it lives."""
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ def load(args, world, augmentation=crop_flip, test_size=None):
     """
     train_set, test_set = read(args, world, train=True), read(args, world, train=False)
     datasets.check_classes(test_set.classes, train_set.classes, "the test set", "the training set")
+    if len(train_set.classes) == 1 and world.is_main:
+        print(f"warning: --data {args.data}: one class alone, {train_set.classes[0]}", file=sys.stderr, flush=True)
     train_set, held_out = split(train_set, args, world)
     if isinstance(train_set, datasets.ImageSet):
         augment = augmentation(train_set)

@@ -1,5 +1,7 @@
 """The distillation methods of a student script: their flags, constants, teacher and objective."""
 
+import contextlib
+
 import losses
 import models
 import options
@@ -32,6 +34,7 @@ METHODS = {
     },
 }
 KINDS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (heads over class and rotation)"}
+PAIR = "HSSAKD (one network of a mutual pair)"
 TEMPERATURE = {"hsakd": 3.0, "dpcd": 3.0, "kd": 4.0, "dkd": 4.0}
 
 
@@ -42,12 +45,12 @@ def add_arguments(parser, tarch="wrn_40_2_aux"):
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", type=options.path, required=True, help="trained weights of the teacher")
     add("--net", type=int, choices=[1, 2], help="network of a mutual pair's weights in --tcheckpoint (1)")
-    add("--method", choices=list(METHODS), default="hsakd")
+    add("--method", choices=list(METHODS), default="hsakd", help="what the student learns from the teacher")
     add("--kd_T", type=options.above_zero, help="temperature; default 3 for hsakd and dpcd, 4 for kd and dkd (1 on ImageNet)")
     add("--ce-weight", type=number, help="kd: weight of the cross-entropy (0.1)")
     add("--kd-weight", type=number, help="kd: weight of the KL term (0.9)")
     add("--alpha", type=number, help="dkd: weight of the target term (1)")
-    add("--beta", type=number, help="dkd, dpcd: weight of the non-target term (by the teacher's family; 6)")
+    add("--beta", type=number, help="dkd, dpcd: weight of the non-target term (by the teacher's family; 6, before its clamp)")
     add("--loss-warmup", type=options.natural, help="dkd, dpcd: epochs over which the teacher's term fades in (20)")
     add("--beta-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of beta (by family)")
     add("--alpha-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of alpha (0.5 2)")
@@ -97,7 +100,12 @@ def finish(parser, argv=None):
 def method_of(content, rotations):
     """Return the method that a checkpoint's dict names, if it is one known here, else what the weights' heads tell."""
     method = content.get("method")
-    return method if isinstance(method, str) and method in METHODS else KINDS[rotations]
+    if isinstance(method, str) and method in METHODS:
+        return method
+    with contextlib.suppress(ValueError, TypeError, AttributeError):  # a foreign file may say anything
+        if models.is_pair(content.get("arch")):
+            return PAIR
+    return KINDS[rotations]
 
 
 def by_family(table, name, default):

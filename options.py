@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import models
+import utils
 
 DATASETS = ["cifar100", "cifar10", "digits", "tinyimagenet", "stl10", "imagefolder", "imagenet"]
 # As published: the light networks start at 0.01, all others at 0.05.
@@ -29,8 +30,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message):
-        """Print `message` as one line and exit with status 2."""
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        """Print `message` as one line, from the first process of a machine, and exit with status 2."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -92,7 +94,11 @@ def tag(text):
     return text
 
 
-path = os.path.expanduser  # a shell leaves the ~ of --data=~/images to the program
+def path(text):
+    """Expand the ~ that a shell leaves in --data=~/images; an empty text is no path (of a variable that is not set, say)."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return os.path.expanduser(text)
 
 
 def base_parser(script, description, arch, dataset_name="cifar100"):
@@ -104,7 +110,7 @@ def base_parser(script, description, arch, dataset_name="cifar100"):
     add("--dataset", type=dataset, default=dataset_name, help=", ".join(DATASETS))
     add("--batch-size", type=positive, default=64, help="images a step, over all processes")
     add("--limit-batches", type=positive, help="quick trials: stop every pass after so many batches")
-    add("--num-workers", type=natural, default=4, help="threads or processes that decode image files")
+    add("--num-workers", type=natural, default=min(4, utils.available_cores()), help="threads or processes that read images")
     add("--decode", choices=["cpu", "device"], default="cpu", help="imagenet: where JPEG files are decoded")
     add("--skip-bad-images", action="store_true", help="imagenet: go on without unreadable images, and name them")
     add = parser.add_argument_group("network and device").add_argument

@@ -11,17 +11,12 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 
-from utils import UserError, first_line
+from utils import UserError, available_cores, first_line
 
 
 def gpu_count(gpu_id):
     """Return how many GPUs a --gpu-id value such as '0,1,2' names (1 for none)."""
     return len(gpu_id.split(",")) if gpu_id else 1
-
-
-def available_cores():
-    """Return the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def host_and_port(url):

@@ -31,6 +31,11 @@ def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+def available_cores():
+    """Return the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def seed_all(seed):
     """Seed every generator that initial weights or data could draw from."""
     random.seed(seed)

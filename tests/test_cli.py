@@ -253,6 +253,7 @@ BAD_VALUES = [
     ("--amp", "nonsense"),
     ("--dist-backend", "mpi"),
     ("--world-size", "0"),
+    ("--checkpoint-dir", ""),
     ("--nonsense", "1"),
 ]
 
@@ -281,6 +282,14 @@ def test_unknown_names_are_answered_with_the_nearest(script, capsys):
 )
 def test_addresses_of_machines(words, said, capsys):
     assert said in one_line("train_baseline_cifar", ["--multiprocessing-distributed", *words], capsys)
+
+
+def test_one_process_of_a_machine_tells_a_mistake(monkeypatch, capsys):
+    """torchrun starts them all with the same words."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert status("train_baseline_cifar", "--epochs", "0") == 2 and not capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "--epochs" in one_line("train_baseline_cifar", ["--epochs", "0"], capsys)
 
 
 METHOD_MISTAKES = [

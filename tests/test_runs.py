@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -493,3 +494,22 @@ def test_frozen_backbone_is_the_pretrained_one_to_the_bit_after_training(tmp_pat
     torch.manual_seed(0)
     begun = models.create("resnet8_aux", 10).state_dict()
     assert all(not torch.equal(value, begun[key]) for key, value in state.items() if ".fc" in key and "auxiliary" in key)
+
+
+def test_a_pair_names_its_better_network(tmp_path, capsys):
+    argv = [*QUICK, "--epochs", "1", "--arch", "resnet8_resnet8", "--checkpoint-dir", tmp_path]
+    run("train_online_kd_cifar", *argv)
+    trained = re.search(r"best top-1 [\d.]+ at epoch 1 of network (\d) \(", capsys.readouterr().out)
+    run("train_online_kd_cifar", *argv, "--evaluate")
+    assert f" net {trained[1]}, " in capsys.readouterr().out
+
+
+def test_one_class_alone_is_warned_of(tmp_path, capsys):
+    """A folder too high or too low, most likely: every network is right."""
+    for split in ("train", "test"):
+        (tmp_path / split / "images").mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (32, 32)).save(tmp_path / split / "images" / f"{number}.png")
+    quick = [*QUICK[2:], "--epochs", "1", "--arch", "resnet8", "--checkpoint-dir", tmp_path / "runs"]
+    run("train_baseline_cifar", "--dataset", "imagefolder", "--data", tmp_path, *quick)
+    assert f"warning: --data {tmp_path}: one class alone, images" in capsys.readouterr().err

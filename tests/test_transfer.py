@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 import augment
+import datasets
 import eval_rep
 import models
 import utils
@@ -164,6 +165,11 @@ def tiny_imagenet(tmp_path):
         lines.append(f"val_{i}.JPEG\t{name}\t0\t0\t62\t62\n")
     (root / "val" / "val_annotations.txt").write_text("".join(lines))
     return root
+
+
+def test_tiny_imagenet_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(utils.UserError, match=r"unpack tiny-imagenet-200.zip so that .*tiny-imagenet-200 exists"):
+        datasets.load("tinyimagenet", tmp_path, True)
 
 
 def test_tiny_imagenet_from_the_archive_to_a_classifier(tmp_path, tiny_imagenet, capsys):

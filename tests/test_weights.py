@@ -413,6 +413,12 @@ def test_method_that_a_file_names(method):
     assert methods.method_of({"method": "kd"}, None) == "kd"
 
 
+def test_method_of_a_pair():
+    assert methods.method_of({"arch": "resnet8_resnet8"}, 4) == methods.PAIR
+    for arch in ("resnet8_aux", "unknown", 3, ["resnet8_resnet8"], None):
+        assert methods.method_of({"arch": arch}, 4) == methods.KINDS[4]
+
+
 def test_json_of_numbers_that_are_not_finite(tmp_path, capsys):
     content = {"net": small().state_dict(), "acc": math.nan, "epoch": np.float64(math.inf), "size": "large", "method": 3}
     torch.save(content, tmp_path / "a.pth")
@@ -433,7 +439,11 @@ def test_export_that_cannot_be_written_is_told_before_the_test(to, tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         test_model.parse_args(["--student-weights", "w.pth", "--export-backbone", to])
     told = capsys.readouterr().err
-    assert stop.value.code == 2 and len(told.splitlines()) == 1 and "--export-backbone: cannot write" in told
+    assert (
+        stop.value.code == 2
+        and len(told.splitlines()) == 1
+        and "--export-backbone: " + ("cannot write" if to else "expected a path") in told
+    )
     args = test_model.parse_args(["--student-weights", "~/w.pth", "--export-backbone", "sub/b.pth"])
     assert args.export_backbone == "sub/b.pth" and args.student_weights == str(Path.home() / "w.pth")
 
