@@ -138,7 +138,8 @@ class Run:
             rate = utils.learning_rate(args, epoch, self.step_in_epoch / len(batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            self.step(images, labels, epoch)
+            with stop.reaches_the_compiler() if args.compile else contextlib.nullcontext():
+                self.step(images, labels, epoch)
             self.step_in_epoch += 1
             bar.update()
             if not bar.disable and self.step_in_epoch % 20 == 0:

@@ -1,5 +1,6 @@
 """How a run ends when it is asked to: it notes the signal, and all processes agree on the step after which they save."""
 
+import contextlib
 import signal
 
 import torch
@@ -10,7 +11,7 @@ POLL_EVERY = 10  # steps between agreements of several processes on whether to s
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved itself."""
+    """The run was asked to stop, and what it did is saved, as far as it will be."""
 
 
 class StopSignal:
@@ -24,6 +25,16 @@ class StopSignal:
     def note(self, *_):
         """Signal handler: remember that a stop was asked for."""
         self.received = True
+
+    @contextlib.contextmanager
+    def reaches_the_compiler(self):
+        """Turn what fails once a stop is asked for into Preempted: a compiler's processes are sent the signal too, and die."""
+        try:
+            yield
+        except Exception:
+            if self.received:
+                raise Preempted from None
+            raise
 
     def agreed(self, world, step, steps):
         """Return whether the run stops after `step` of `steps`: at once in one process, where all agree in several."""

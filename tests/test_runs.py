@@ -513,3 +513,17 @@ def test_one_class_alone_is_warned_of(tmp_path, capsys):
     quick = [*QUICK[2:], "--epochs", "1", "--arch", "resnet8", "--checkpoint-dir", tmp_path / "runs"]
     run("train_baseline_cifar", "--dataset", "imagefolder", "--data", tmp_path, *quick)
     assert f"warning: --data {tmp_path}: one class alone, images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_compiler_that_a_signal_ends_is_a_stop(signalled, tmp_path, monkeypatch):
+    """A scheduler signals the compiler's processes too; without a signal its failure is one."""
+
+    def step(*_):
+        if signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise utils.UserError("--compile: g++ died")
+
+    monkeypatch.setattr(engine.Run, "step", step)
+    argv = [*QUICK_RUN, "--arch", "resnet8", "--compile", "--checkpoint-dir", tmp_path]
+    assert status("train_baseline_cifar", *argv) == (143 if signalled else 2)
