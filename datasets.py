@@ -65,7 +65,7 @@ def stratified_share(labels, ratio):
     try:
         kept, _ = next(splitter.split(np.zeros(len(labels)), labels.numpy()))
     except ValueError as error:
-        raise UserError(f"a share of {ratio} of {len(labels)} images cannot be stratified: {error}") from None
+        raise UserError(f"a share of {ratio:g} of {len(labels)} images cannot be stratified: {error}") from None
     return torch.from_numpy(np.sort(kept))
 
 

@@ -111,7 +111,7 @@ def lookup(label, args, table):
     elif args.get("tarch"):
         value, joint = published_student(label, args, table)
         if joint != label.method.endswith("*"):
-            note = " (joint teacher)" if joint else " (plain teacher)"
+            note = " (jointly trained teacher)" if joint else " (plain teacher)"
     else:
         value = published_single(label, args, table)
     if value is None:

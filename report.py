@@ -147,8 +147,8 @@ def group(runs):
     return groups
 
 
-def caption(runs):
-    """Return the sentences below the table."""
+def caption(runs, rows):
+    """Return the sentences below the table of `rows`."""
     split = [bool(run.args.get("val_split")) for run in runs]
     lines = ["Top-1 in percent, mean±std (n - 1) over seeds; * = jointly trained teacher."]
     if not all(split):
@@ -157,6 +157,8 @@ def caption(runs):
         lines.append("best (val): epoch selected on held-out training data.")
     if any(run.epochs and "test/net1/top1" in run.epochs[-1] for run in runs):
         lines.append("A mutual pair counts by the network that is better on the test set.")
+    if any(row[-1].endswith("teacher)") for row in rows):
+        lines.append("published ... (... teacher): with another kind of teacher than these runs'.")
     if not all(run.finished for run in runs):
         lines.append("Seeds in brackets are unfinished; they count only where no seed of the row is finished.")
     return " ".join(lines)
@@ -218,8 +220,9 @@ def main():
             if not any(run.folder.is_relative_to(folder.resolve()) for run in runs):
                 raise ValueError(f"no runs below {folder}")
         table = json.loads(published.TABLE.read_text())
-        groups, note = group(runs), caption(runs)
+        groups = group(runs)
         rows = [COLUMNS, *(make_row(*entry, table) for entry in groups)]
+        note = caption(runs, rows)
         print("\n".join([*align(rows, "  "), "", note]))
         if args.markdown:
             write_markdown(args.markdown, rows, note)

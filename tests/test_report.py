@@ -209,6 +209,9 @@ def test_command_line_writes_markdown_and_csv(tmp_path, monkeypatch, capsys):
     with table.open(newline="", encoding="utf-8") as file:
         header, row = csv.reader(file)
     assert header == report.COLUMNS and row[header.index("published")] == "78.67±0.20"
+    assert "another kind of teacher" not in out
+    write_run(tmp_path / "other", "c", [60.0], method="kd", tcheckpoint=JOINT)
+    assert run_main(monkeypatch, tmp_path / "other") == 0 and "another kind of teacher" in capsys.readouterr().out
 
 
 def test_plot(tmp_path, monkeypatch, capsys):
