@@ -15,11 +15,11 @@ class Preempted(Exception):
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1, so that the training loop can save before it ends."""
+    """Notes `signals`, so that the training loop can save before it ends."""
 
-    def __init__(self):
+    def __init__(self, signals=(signal.SIGTERM, signal.SIGUSR1)):
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in signals:
             signal.signal(number, self.note)
 
     def note(self, *_):

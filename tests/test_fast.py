@@ -29,6 +29,7 @@ import losses
 import models
 import precision
 from distributed import World
+from preemption import StopSignal
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,7 @@ def prepared(tmp_path, method="hsakd", amp="off", compiled=False, device="cpu", 
 def trained(run, epochs=3):
     """Train a run through the engine's loop and return it."""
     for epoch in range(epochs):
-        run.train_epoch(epoch, Namespace(agreed=lambda *_: False))
+        run.train_epoch(epoch, StopSignal(signals=()))
         run.step_in_epoch = 0
     return run
 
