@@ -11,7 +11,7 @@ POLL_EVERY = 10  # steps between agreements of several processes on whether to s
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and what it did is saved, as far as it will be."""
+    """The run was asked to stop and has saved itself, unless the signal ended the compilation of its first step."""
 
 
 class StopSignal:

@@ -7,7 +7,6 @@ All flags but --seeds and --json are train_student_cifar.py's, which trains the 
 trained by the reference loop of step.py: float32, NCHW, eager, PIL transforms image by image.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import distributed
 import loading
 import methods
 import metrics
+import options
 import train_student_cifar
 import utils
 
@@ -32,8 +32,8 @@ SCRIPT = Path(train_student_cifar.__file__)
 
 def parse_args(argv=None):
     """Parse the command line: the student script's arguments, and ours."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = options.Parser(__doc__)
+    parser.add_argument("--seeds", type=options.seed, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", metavar="FILE", help="write all measurements")
     ours, rest = parser.parse_known_args(argv)
     args = train_student_cifar.parse_args(rest)

@@ -3,9 +3,9 @@
     python benchmarks/input_pipeline.py --data FOLDER [--images 2000] [--rounds 7]
 
 FOLDER holds train/<class>/*.JPEG or <class>/*.JPEG, a few images being enough: hard links beside it, taken away at the end,
-replicate them to `--images` files. Both loaders read
-in this process (one core, no workers), in turns over slices of the same files; the ratio is the median over the rounds.
-v1 ends in normalised float32; here a worker ends in uint8, and the device normalises (the last line does it on this core).
+replicate them to `--images` files. Both loaders read in this process (one core, no workers), in turns over slices of the
+same files; the ratio is the median over the rounds. v1 ends in normalised float32; here a worker ends in uint8, and the
+device normalises (the last line does it on this core).
 """
 
 import argparse
@@ -28,22 +28,25 @@ import imagefiles  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
+from datasets import class_folders  # noqa: E402
 from distributed import World  # noqa: E402
+from utils import UserError  # noqa: E402
 
 BATCH = 50
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def image_files(folder):
-    """Return the files of `folder`/train/<class>/, or of `folder`/<class>/ where there is no train/."""
-    folder = Path(folder)
-    return sorted(path for path in (folder / "train" if (folder / "train").is_dir() else folder).glob("*/*") if path.is_file())
+    """Return (path, class name) of the images of `folder`/train/<class>/, or of `folder`/<class>/ where there is no train/."""
+    train = Path(folder) / "train"
+    names, samples = class_folders(train if train.is_dir() else folder)
+    return [(Path(path), names[label]) for path, label in samples]
 
 
 def replicate(files, target, count):
-    """Fill `target`/train with `count` hard links (copies across file systems) to image files, by their folders' names."""
-    for number, path in enumerate(itertools.islice(itertools.cycle(files), count)):
-        folder = Path(target) / "train" / path.parent.name
+    """Fill `target`/train with `count` hard links (copies across file systems) to the image `files`, class by class."""
+    for number, (path, name) in enumerate(itertools.islice(itertools.cycle(files), count)):
+        folder = Path(target) / "train" / name
         folder.mkdir(parents=True, exist_ok=True)
         try:
             os.link(path, folder / f"{number}{path.suffix}")
@@ -97,7 +100,10 @@ def main():
     parser.add_argument("--rounds", type=options.positive, default=7, help="turns of the two loaders; the first is not counted")
     parser.add_argument("--tflops", type=options.above_zero, default=400.0, help="speed of the device that trains")
     args = parser.parse_args()
-    files = image_files(args.data)
+    try:
+        files = image_files(args.data)
+    except UserError as error:
+        parser.error(error)
     if not files:
         parser.error(f"--data {args.data}: no images at train/<class>/* or <class>/*")
     if args.images < args.rounds * BATCH:

@@ -9,7 +9,6 @@ The images are synthetic. Every path has a process of its own and they take turn
 round, so a slow spell of the machine hits both.
 """
 
-import argparse
 import json
 
 import scaling
@@ -35,7 +34,7 @@ IMAGENET_PAIR = ("resnet34_imagenet_aux", "resnet18_imagenet_aux")
 
 def parse_args(argv=None):
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(__doc__)
     add, count = parser.add_argument, options.positive
     add("--all", action="store_true", help="the eight published offline pairs")
     add("--tarch", type=options.architecture, default=PAIRS[0][0], help="teacher of the one pair timed otherwise")
