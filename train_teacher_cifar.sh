@@ -13,7 +13,7 @@ for arch in $teachers; do
         --data "$DATA" --checkpoint-dir "$CHECKPOINTS" --gpu-id "$GPU" --manual_seed "$SEED" "$@"
 done
 
-# DPCD reads the teacher's class logits alone, so any teacher would do; published are those that saw un-rotated images.
+# DPCD reads the teacher's class logits alone, so any teacher will do; the authors' saw un-rotated images, as these do.
 for arch in $teachers; do
     $PYTHON train_teacher_cifar.py --arch "$arch" --rotations 1 --tag one_view \
         --data "$DATA" --checkpoint-dir "$CHECKPOINTS" --gpu-id "$GPU" --manual_seed "$SEED" "$@"

@@ -119,11 +119,15 @@ def state_dict_of(content, path):
 
 
 def part_of(state, wanted, net=1):
-    """Return the part of `state` that has a network's keys `wanted`: all of it, one network of a pair, or a backbone."""
+    """Return the part of `state` that has a network's keys `wanted`: all of it, one network of a pair, or a backbone.
+
+    Keys beside the part stay, as such that do not fit, unless they belong to the rest of an auxiliary network or a pair.
+    """
     for prefix in ("", f"net{net}.", "backbone.", f"net{net}.backbone."):
         part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
         if wanted & part.keys():
-            return part
+            rest = r"net[12]\.|backbone\.|auxiliary_classifier\."
+            return {**{k: v for k, v in state.items() if not (prefix and re.match(rest, k))}, **part}
     return state
 
 
@@ -149,7 +153,7 @@ def load_weights(model, path, net=1):
         shapes = [f"{k} {list(state[k].shape)} instead of {list(expected[k].shape)}" for k in wrong]
         parts = [("wrong shape", shapes), ("missing", missing), ("unexpected", unexpected)]
         told = "; ".join(f"{what}: {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for what, keys in parts if keys)
-        raise UserError(f"{path}: weights do not fit {type(model).__name__}: {told}")
+        raise UserError(f"{path}: weights do not fit {getattr(model, 'arch', type(model).__name__)}: {told}")
     check_arch(model, content, path)
     model.load_state_dict({**{k: v for k, v in expected.items() if k not in state}, **state}, strict=True)
     return content

@@ -237,7 +237,15 @@ def test_wrong_architecture_names_the_first_keys(tmp_path):
     text = refused(tmp_path / "a.pth", models.create("wrn_16_1", 10))
     assert "missing: " in text and "unexpected: " in text
     torch.save({"net": models.create("resnet8", 10).state_dict()}, tmp_path / "b.pth")
-    assert "missing: " in refused(tmp_path / "b.pth")
+    text = refused(tmp_path / "b.pth")
+    assert "weights do not fit resnet8_aux: " in text and "missing: " in text
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet8_aux", "resnet8_resnet8"])
+def test_keys_beside_the_part_that_is_loaded_do_not_fit(name, tmp_path):
+    state = models.create(name, 10).state_dict()
+    torch.save({"net": {**state, "other.weight": torch.zeros(1)}}, tmp_path / "a.pth")
+    assert "unexpected: other.weight" in refused(tmp_path / "a.pth", models.create("resnet8", 10))
 
 
 def test_a_refused_file_leaves_the_network_as_it_was(tmp_path):
