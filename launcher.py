@@ -5,7 +5,8 @@ import os
 import socket
 import sys
 
-PARENT = os.getppid()
+PID = "TRAINING_LAUNCHER_PID"  # of the published flags' launcher, which may have ended before its processes begin
+PARENT = int(os.environ.get(PID, os.getppid()))
 
 
 def is_torchrun():

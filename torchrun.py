@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 
+import launcher
 from utils import UserError, available_cores, first_line
 
 
@@ -50,6 +51,7 @@ def relaunch(args, argv):
         processes = torch.cuda.device_count()
     logging.disable(logging.ERROR)  # torchrun's, of this parent alone: the processes tell what went wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cores() // processes, 1)))
+    os.environ[launcher.PID] = str(os.getpid())
     # torchrun hands SIGTERM on to its processes, but not in every version SIGUSR1.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     flags = {
@@ -73,7 +75,9 @@ def relaunch(args, argv):
         return 1
     except KeyboardInterrupt:  # the processes tell it
         return 130
-    except dist.DistNetworkError as error:
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistNetworkError) and "EADDRINUSE" not in str(error):  # as PyTorch 2.6 tells it
+            raise
         told = "its port is taken" if "EADDRINUSE" in str(error) else f"no connection there ({first_line(error)})"
         raise UserError(f"--dist-url {args.dist_url}: {told}") from None
     return 0
