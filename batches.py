@@ -8,6 +8,8 @@ import torch
 import distributed
 from utils import UserError
 
+TEST_IMAGES = 256  # in a test batch, of 32 x 32 pixels or fewer
+
 
 def epoch_generator(seed, epoch):
     """Return the generator of an epoch's order and augmentation: a function of (seed, epoch) alone, so resumable."""
@@ -96,21 +98,22 @@ class DeviceBatches:
 
 
 class TestBatches:
-    """Test batches of a data set held as uint8 on the device: each image once, split over the processes."""
+    """Test batches of a data set held as uint8 on the device: each image once, split over the processes.
+
+    A batch is of `batch_size` images or more, as many as take little memory in a forward pass without gradients.
+    """
 
     __test__ = False
 
     def __init__(self, image_set, batch_size, world, limit=None):
         self.classes, self.size = image_set.classes, image_set.size
-        share = image_set.subset(share_of_test(len(image_set), limit and limit * batch_size, world))
+        limit = limit and limit * max(batch_size, TEST_IMAGES)
+        share = image_set.subset(share_of_test(len(image_set), limit, world))
         self.images = share.images().to(world.device)
         self.labels = share.labels.to(world.device)
         self.normalise = Normaliser(image_set.statistics, world.device)
-        self.batch_size = batch_size
+        self.batch_size = max(batch_size, TEST_IMAGES * 32**2 // max(self.size, 32) ** 2)
         self.total = distributed.count_over_ranks(len(self.labels), world)
-
-    def __len__(self):
-        return len(self.labels)
 
     def __iter__(self):
         for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):

@@ -13,7 +13,7 @@ import datasets
 from utils import UserError, first_line
 
 try:
-    from torchvision.io import decode_jpeg
+    from torchvision.io import decode_jpeg, encode_jpeg
 except ImportError:  # torchvision has announced that decoding will leave it; PIL reads the files then
     decode_jpeg = None
 
@@ -34,6 +34,16 @@ def decode(path):
         if decode_jpeg and content[:3].tolist() == JPEG:  # of other formats its decoders crash on some damaged files
             return decode_jpeg(content, "RGB")
     return datasets.decode(path)  # slower, but knows more formats and says what is wrong
+
+
+def check_decoder(device):
+    """Raise UserError unless torchvision decodes a JPEG file on `device`."""
+    if not decode_jpeg:
+        raise UserError("--decode device: this torchvision has no decoder")
+    try:
+        decode_jpeg([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], "RGB", device)
+    except RuntimeError as error:
+        raise UserError(f"--decode device: {first_line(error)}") from None
 
 
 def transformed(image, transform, key):
@@ -89,9 +99,9 @@ class EncodedImages(Images):
         """Return what `Images` gives for the files' `contents`, decoded on `device` in one call where all are plain JPEG."""
         try:
             images = decode_jpeg(contents, "RGB", device)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # one of them is no JPEG that the device knows: on the CPU, image by image
+            if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("CUDA error"):
+                raise
             if not self.told:
                 told = f"--decode device: batches with files that it cannot read are read on the CPU ({first_line(error)})"
                 print(told, file=sys.stderr, flush=True)

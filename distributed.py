@@ -156,7 +156,7 @@ def machines_fault(error):
     """Return (line, exit status) for an error that tells what the machine lacks; None for others."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return f"{first_line(error)}: lower --batch-size, or compute it in parts with --accumulate", 2
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker (pid" in str(error):  # without the number, it is what a worker has raised
         return f"a process that reads images has ended ({first_line(error)}): with fewer --num-workers they take less memory", 1
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}", 2
@@ -223,8 +223,8 @@ def average_in_rank_order(size, bucket):
 
 
 def count_over_ranks(count, world):
-    """Return the sum over all processes of a number."""
-    return int(sum_over_ranks(torch.tensor(count, device=world.device)))
+    """Return the sum over all processes of a whole number or truth value."""
+    return int(sum_over_ranks(torch.tensor(int(count), device=world.device)))
 
 
 def gather_objects(value):

@@ -1,4 +1,4 @@
-"""The only loops of the project: train one epoch, fit a run with checkpoints and logs."""
+"""The training loop of every experiment: train one epoch, fit a run with checkpoints and logs."""
 
 import contextlib
 import inspect
@@ -134,20 +134,21 @@ class Run:
             desc=f"epoch {epoch + 1}/{args.epochs}",
             disable=not (self.world.is_main and sys.stderr.isatty()),
         )
-        for images, labels in batches.epoch(epoch, self.step_in_epoch):
-            rate = utils.learning_rate(args, epoch, self.step_in_epoch / len(batches))
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            with stop.reaches_the_compiler() if args.compile else contextlib.nullcontext():
-                self.step(images, labels, epoch)
-            self.step_in_epoch += 1
-            bar.update()
-            if not bar.disable and self.step_in_epoch % 20 == 0:
-                self.show_progress(bar)
-            if stop.agreed(self.world, self.step_in_epoch, len(batches)):
-                self.check_finite(epoch)
-                self.save()
-                raise Preempted
+        with contextlib.closing(batches.epoch(epoch, self.step_in_epoch)) as left:
+            for images, labels in left:
+                rate = utils.learning_rate(args, epoch, self.step_in_epoch / len(batches))
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                with stop.reaches_the_compiler() if args.compile else contextlib.nullcontext():
+                    self.step(images, labels, epoch)
+                self.step_in_epoch += 1
+                bar.update()
+                if not bar.disable and self.step_in_epoch % 20 == 0:
+                    self.show_progress(bar)
+                if stop.agreed(self.world, self.step_in_epoch, len(batches)):
+                    self.check_finite(epoch)
+                    self.save()
+                    raise Preempted
         bar.close()
         self.check_finite(epoch)
 
@@ -228,13 +229,12 @@ def say(run, text):
 def fit(args, world, model, objective, data):
     """Train `model` with `objective` on `data` as `args` say, writing the run folder; return the best record.
 
+    With --evaluate, test the folder's best weights instead and return their accuracies.
     Raises UserError for a folder that holds another run. SIGTERM or SIGUSR1 saves at the next step and exits with 143.
     """
     run = Run(args, world, model, objective, data)
-    if args.evaluate:
-        return report_best(run)
-    with contextlib.closing(run.folder):
-        return train(run)
+    with contextlib.closing(data), contextlib.closing(run.folder):
+        return report_best(run) if args.evaluate else train(run)
 
 
 def train(run):

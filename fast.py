@@ -1,4 +1,4 @@
-"""What makes a training step cheaper without changing what it computes: memory kept, the teacher in inference form, layers
+"""What makes a training step cheaper, the same function up to rounding: memory kept, the teacher in inference form, layers
 that a CPU does not know well, compilation."""
 
 import copy

@@ -82,8 +82,8 @@ class FileBatches:
     def __init__(self, files, transform, args, world, fill):
         if args.decode == "device" and world.device.type != "cuda":
             raise UserError("--decode device needs a GPU: this run has none")
-        if args.decode == "device" and not decoding.decode_jpeg:
-            raise UserError("--decode device: this torchvision has no decoder")
+        if args.decode == "device":
+            decoding.check_decoder(world.device)
         self.files, self.world, self.skip, self.limit = files, world, args.skip_bad_images, args.limit_batches
         self.named, self.skipped = set(), 0  # unreadable images: told so far by this process, and of all in the last pass
         encoded = args.decode == "device"
@@ -91,19 +91,24 @@ class FileBatches:
         self.stream = torch.cuda.Stream(world.device) if encoded else None
         self.normalise = batches.Normaliser(datasets.IMAGENET_STATISTICS, world.device)
         self.plan, workers = Plan(), args.num_workers
-        leaving = multiprocessing.RawValue("b", 0)
-        atexit.register(setattr, leaving, "value", 1)
+        self.leaving = multiprocessing.RawValue("b", 0)
+        atexit.register(setattr, self.leaving, "value", 1)
         self.loader = DataLoader(
             self.images,
             batch_sampler=self.plan,
             num_workers=workers,
             collate_fn=decoding.collate_encoded if encoded else decoding.collate,
             pin_memory=world.device.type == "cuda" and not encoded,
-            worker_init_fn=partial(stay, leaving),
+            worker_init_fn=partial(stay, self.leaving),
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
             generator=torch.Generator(),
         )
+
+    def close(self):
+        """End the workers. Left to a process group's end or the interpreter's, each holds it up for ten seconds."""
+        self.leaving.value = 1
+        self.loader = None
 
     def read(self, plan):
         """Yield (images (B, 3, 224, 224) float32, labels (B,)) of the batches of (index, key) items in `plan`.
@@ -151,9 +156,9 @@ class TrainBatches(FileBatches):
         return self.steps
 
     def epoch(self, epoch, start=0):
-        """Return an iterator of (images, labels) of this rank from step `start` of `epoch` on."""
-        # A run stopped after an epoch's last step starts no workers for nothing.
-        return self.read(self.items(epoch, start)) if start < self.steps else iter(())
+        """Yield (images, labels) of this rank from step `start` of `epoch` on."""
+        if start < self.steps:  # a run stopped after an epoch's last step starts no workers for nothing
+            yield from self.read(self.items(epoch, start))
 
     def items(self, epoch, start=0):
         """Yield each step's list of (index, (seed, epoch, position)) of this rank."""
@@ -174,17 +179,14 @@ class TestBatches(FileBatches):
         super().__init__(files, transform, args, world, fill=False)
         self.classes, self.size = files.classes, decoding.SIZE
         size = max(args.batch_size // world.size, 1)
-        self.mine = batches.share_of_test(len(files), self.limit and self.limit * args.batch_size, world).tolist()
-        self.listed = distributed.count_over_ranks(len(self.mine), world)
-        self.items = [[(i, (0,)) for i in self.mine[at : at + size]] for at in range(0, len(self.mine), size)]
+        mine = batches.share_of_test(len(files), self.limit and self.limit * args.batch_size, world).tolist()
+        self.listed = distributed.count_over_ranks(len(mine), world)
+        self.items = [[(i, (0,)) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
 
     @property
     def total(self):
         """The images of all processes, without those that the last pass left out."""
         return self.listed - self.skipped
-
-    def __len__(self):
-        return len(self.mine)
 
     def __iter__(self):
         return self.read(self.items)

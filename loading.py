@@ -22,6 +22,12 @@ class Data(NamedTuple):
     size: int
     about: str = ""  # tells training sets apart
 
+    def close(self):
+        """End the processes that read images, if there are any."""
+        for part in (self.train, self.val, self.test):
+            if hasattr(part, "close"):  # not of images in memory
+                part.close()
+
 
 def crop_flip(image_set):
     """Return the augmentation of the CIFAR recipe for a set of training images."""
@@ -81,7 +87,7 @@ def test_batches(images, args, world, size=None):
         return imagefiles().TestBatches(images, args, world)
     if size:
         images = resized(images, size)
-    return batches.TestBatches(images, max(args.batch_size, 256), world, args.limit_batches)
+    return batches.TestBatches(images, args.batch_size, world, args.limit_batches)
 
 
 def about(train_set, size):

@@ -121,11 +121,12 @@ class TeacherLoss(Objective):
         check_heads(logits, aux_logits, rotations)
         logits, joint = logits[::rotations], joint_labels(labels, rotations)
 
-        terms = {"aux": sum_terms((cross_entropy(aux, joint) for aux in aux_logits), logits)}
+        terms = {}
         backbone = list(network.backbone.parameters()) if hasattr(network, "backbone") else []
         # The sum of the terms is what is trained, so a frozen backbone has no class term.
         if not backbone or any(parameter.requires_grad for parameter in backbone):
-            terms = {"task": cross_entropy(logits, labels)} | terms
+            terms["task"] = cross_entropy(logits, labels)
+        terms["aux"] = sum_terms((cross_entropy(aux, joint) for aux in aux_logits), logits)
         return terms, predictions((logits, aux_logits))
 
 

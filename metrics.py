@@ -122,12 +122,15 @@ def evaluate(model, batches, device, dtype=torch.float32, heads=False):
     modes = {network: network.training for network in found.values()}
     for network in modes:
         network.eval()
-    for images, labels in batches:
-        with autocast(device, dtype):
-            sums = {}
-            for prefix, network in found.items():
-                sums.update({prefix + k: v for k, v in test_sums(network, images, labels, heads).items()})
-        totals.add(sums, len(labels))
+    # Heads see every view of an image: in so many parts a batch takes no more memory than without them.
+    parts = max(getattr(network, "rotations", 1) for network in modes) if heads else 1
+    for batch in batches:
+        for images, labels in zip(*(whole.chunk(parts) for whole in batch), strict=True):
+            with autocast(device, dtype):
+                sums = {}
+                for prefix, network in found.items():
+                    sums.update({prefix + k: v for k, v in test_sums(network, images, labels, heads).items()})
+            totals.add(sums, len(labels))
     for network, training in modes.items():
         network.train(training)
     means = totals.means()

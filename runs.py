@@ -175,9 +175,11 @@ class RunLog:
 
 
 def checkpoint_of(run):
-    """Return everything that the checkpoint of an engine.Run holds; every rank takes part."""
+    """Return everything that the checkpoint of an engine.Run holds, in the first process; the others take part."""
     objective = distributed.gather_objects(utils.to_cpu(run.objective.state_dict()))
     totals = run.totals.state_dict() if run.step_in_epoch else {}
+    if not run.world.is_main:
+        return None
     model = unwrap(run.model)
     return utils.to_cpu(
         {
@@ -211,6 +213,8 @@ def its_own(path):
     """Turn what fails in reading the content of a checkpoint that another program wrote into a UserError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         told = f"{path}: no checkpoint of this project to resume from ({utils.first_line(error)})"
         raise utils.UserError(told) from None

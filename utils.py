@@ -254,7 +254,7 @@ def save_checkpoint(content, path):
 def to_cpu(value):
     """Return `value` with every tensor in its dicts and lists copied to the CPU."""
     if torch.is_tensor(value):
-        return value.detach().cpu().clone()
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {k: to_cpu(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -37,8 +37,10 @@ def parse_args(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write all measurements")
     ours, rest = parser.parse_known_args(argv)
     args = train_student_cifar.parse_args(rest)
-    if args.val_split or args.warmup_epoch or args.accumulate > 1:
-        raise utils.UserError("the reference has no --val-split, --warmup-epoch or --accumulate")
+    if args.val_split or args.warmup_epoch or args.accumulate > 1 or args.dataset == "imagenet":
+        parser.error("the reference has no --val-split, --warmup-epoch, --accumulate or --dataset imagenet")
+    if args.resume or args.evaluate:
+        parser.error("every run is trained anew: no --resume or --evaluate")
     args.seeds, args.json, args.student_flags = ours.seeds, ours.json, rest
     return args
 

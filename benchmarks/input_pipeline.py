@@ -28,12 +28,11 @@ import imagefiles  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
-from datasets import class_folders  # noqa: E402
+from datasets import IMAGENET_STATISTICS, class_folders  # noqa: E402
 from distributed import World  # noqa: E402
 from utils import UserError  # noqa: E402
 
 BATCH = 50
-STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def image_files(folder):
@@ -57,7 +56,7 @@ def replicate(files, target, count):
 def plain_loader(root):
     """Return ImageFolder with v1 transforms to normalised float32, as in torchvision's and the published training code."""
     augment = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-    return datasets.ImageFolder(f"{root}/train", transforms.Compose([*augment, transforms.Normalize(*STATISTICS)]))
+    return datasets.ImageFolder(f"{root}/train", transforms.Compose([*augment, transforms.Normalize(*IMAGENET_STATISTICS)]))
 
 
 def our_batches(root):

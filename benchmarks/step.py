@@ -55,8 +55,8 @@ def parse_args(argv=None):
     add("--plot", metavar="FILE", help="write the plot of --scaling")
     add("--gpu-id", type=options.gpu_ids, help="GPU to use")
     args = parser.parse_args(argv)
-    if args.scaling and (args.all or args.compile):
-        parser.error("--scaling measures the default path of one pair: no --all or --compile")
+    if args.scaling and (args.all or args.compile or args.gpu_id):
+        parser.error("--scaling measures the default path of one pair, on all GPUs: no --all, --compile or --gpu-id")
     args.steps = args.steps or (20 if torch.cuda.is_available() else 2)
     return args
 

@@ -138,15 +138,17 @@ def test_epoch_entered_at_a_step_goes_on_as_the_whole_epoch():
             assert torch.equal(images, expected) and torch.equal(labels, numbers)
 
 
-def test_limit_of_batches():
+def test_limit_of_batches(monkeypatch):
     assert len(train_batches(numbered_set(23), 5)) == 5
     assert (
         len(train_batches(numbered_set(23), 5, limit=2))
         == len(labels_of(train_batches(numbered_set(23), 5, limit=2).epoch(0)))
         == 2
     )
+    monkeypatch.setattr(batches, "TEST_IMAGES", 5)
     for size in (1, 2, 3):  # as many images for any number of processes
-        assert sum(len(batches.TestBatches(numbered_set(23), 5, world(rank, size), limit=2)) for rank in range(size)) == 10
+        ranks = [batches.TestBatches(numbered_set(23), 4, world(rank, size), limit=2) for rank in range(size)]
+        assert sum(len(share.labels) for share in ranks) == 10
 
 
 @settings(max_examples=60, deadline=None)
@@ -187,7 +189,7 @@ def test_each_test_image_counts_once(size):
     assert sorted(torch.cat([labels for _, labels in found]).tolist()) == list(range(23))
     for images, labels in found:
         assert torch.equal((images * 255).round().long()[:, 0, 0, 0], labels)
-    assert sum(len(share) for share in ranks) == 23
+    assert sum(len(share.labels) for share in ranks) == 23
 
 
 def test_batch_and_test_set_that_do_not_divide():
@@ -237,7 +239,15 @@ def test_validation_split_is_held_out_of_the_training_images():
     train, held_out = data.train.images, data.val.images
     assert len(train) + len(held_out) == 1437 and abs(len(held_out) - 287) <= 1
     assert not {x.numpy().tobytes() for x in train} & {x.numpy().tobytes() for x in held_out}
-    assert len(data.test) == 360 and (data.num_classes, data.size) == (10, 32)
+    assert data.test.total == 360 and (data.num_classes, data.size) == (10, 32)
+
+
+@pytest.mark.parametrize(("side", "asked", "images"), [(8, 4, 256), (32, 300, 300), (96, 4, 28), (96, 64, 64)])
+def test_test_batches_of_large_images_have_fewer(side, asked, images):
+    """As many pixels as 256 images of CIFAR, but no fewer images than a training batch."""
+    pixels, labels = torch.zeros(301, 3, side, side, dtype=torch.uint8), torch.zeros(301, dtype=torch.long)
+    made = datasets.in_memory(pixels, labels, ["cat"], datasets.CIFAR100_STATISTICS)
+    assert [len(found) for _, found in batches.TestBatches(made, asked, world())][0] == images
 
 
 @pytest.mark.parametrize("limit", [None, 7, 10, 99])

@@ -89,6 +89,7 @@ def rank_gradients(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     made = small_run(distributed.World(rank, 2, torch.device("cpu")))
+    assert [distributed.count_over_ranks(count, made.world) for count in (True, rank == 0, 3)] == [2, 1, 6]
     torch.save(gradients(made, *two_halves()[rank]), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -372,7 +373,8 @@ def test_what_the_machine_lacks_is_one_line():
     worker = RuntimeError("DataLoader worker (pid(s) 1234) exited unexpectedly")
     assert "fewer --num-workers" in distributed.machines_fault(worker)[0]
     assert distributed.machines_fault(PermissionError(13, "Permission denied", "data")) == ("data: Permission denied", 2)
-    for error in (RuntimeError("shape mismatch"), OSError(2, "no file")):
+    raised = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: shape mismatch")
+    for error in (RuntimeError("shape mismatch"), OSError(2, "no file"), raised):
         assert distributed.machines_fault(error) is None
 
 

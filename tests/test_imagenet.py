@@ -1,6 +1,8 @@
 """An ImageNet-shaped folder of generated JPEGs: decoding, order, unreadable files, and the three scripts."""
 
 import contextlib
+import gc
+import multiprocessing
 import shutil
 from unittest import mock
 
@@ -18,6 +20,7 @@ import decoding
 import imagefiles
 import loading
 import options
+import preemption
 from distributed import World
 from utils import UserError
 
@@ -185,6 +188,33 @@ def test_decoding_a_batch_in_one_call(root, capsys):
     assert capsys.readouterr().err.count("--decode device: batches with files that it cannot read") == 1
     with pytest.raises(UserError, match="needs a GPU"):
         train(root, "--decode", "device")
+
+
+def test_a_device_that_does_not_decode_is_told(monkeypatch):
+    """Before the first batch; what fails in the GPU later is no fault of the files."""
+    decoding.check_decoder(torch.device("cpu"))
+    monkeypatch.setattr(decoding, "decode_jpeg", mock.Mock(side_effect=RuntimeError("not compiled with nvJPEG\nat")))
+    with pytest.raises(UserError, match="^--decode device: not compiled with nvJPEG$"):
+        decoding.check_decoder(torch.device("cpu"))
+    monkeypatch.setattr(decoding, "decode_jpeg", mock.Mock(side_effect=RuntimeError("CUDA error: an illegal access")))
+    with pytest.raises(RuntimeError, match="^CUDA error"):
+        decoding.EncodedImages(None, None, False).decoded([], [], [], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_workers_end_with_the_run(root, tmp_path, monkeypatch, stopped):
+    """Also with a run that a signal stops: left to the end of a process group, each would take ten seconds."""
+    monkeypatch.setattr(preemption.StopSignal, "agreed", lambda *_: stopped)
+    command = ["--arch", "resnet8", "--dataset", "imagenet", "--data", root, "--num-workers", 2, "--amp", "off"]
+    command += ["--batch-size", 4, "--epochs", 1, "--milestones", 1, "--checkpoint-dir", tmp_path]
+    before = multiprocessing.active_children()
+    gc.disable()  # nor may they wait for the collector
+    try:
+        with pytest.raises(SystemExit) if stopped else contextlib.nullcontext():
+            run("train_baseline_cifar", *command)
+        assert not set(multiprocessing.active_children()) - set(before)
+    finally:
+        gc.enable()
 
 
 def test_benchmark_of_the_input_pipeline(root, tmp_path, capsys, monkeypatch):

@@ -121,6 +121,14 @@ def test_evaluation_of_heads_by_hand():
         assert metrics.evaluate(network, batches, CPU) == pytest.approx(without)
 
 
+def test_heads_are_tested_in_batches_as_large_as_without_them():
+    """A batch of six images has 24 views, of which a forward pass sees no more than eight."""
+    network, rows = Lookup(torch.zeros(24, 2), [torch.zeros(24, 8)], 4), []
+    network.register_forward_pre_hook(lambda _, images: rows.append(len(images[0])))
+    found = metrics.evaluate(network, batches_of(torch.zeros(6, dtype=torch.long), 6), CPU, heads=True)
+    assert rows == [8, 8, 8] and found["top1"] == found["aux1_class"] == 100
+
+
 def test_evaluation_of_a_pair_takes_the_better_network():
     """Its top-1 and top-5 are the pair's; of two equal networks the first is taken."""
     better = RANKED.clone()

@@ -367,6 +367,12 @@ def test_batch_that_batchnorm_cannot_train_on(tmp_path, capsys):
     assert "vgg8_bn cannot train on a batch of 1 image of this size" in capsys.readouterr().err
 
 
+def test_a_full_gpu_is_not_told_as_a_foreign_checkpoint():
+    """The optimizer's state goes to the device when a run is resumed."""
+    with pytest.raises(torch.OutOfMemoryError), runs.its_own("a.pth.tar"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def scripted_accuracies(monkeypatch, values):
     """Make the tests of successive epochs give these top-1 accuracies on (test, val)."""
     given = iter(values)
