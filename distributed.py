@@ -60,8 +60,11 @@ def setup(args):
         print("no GPU found: running on the CPU", file=sys.stderr, flush=True)
     elif world.is_main and torchrun.gpu_count(args.gpu_id) > size:
         raise UserError(f"--gpu-id {args.gpu_id}: one process uses one GPU; several train with --multiprocessing-distributed")
-    if device.type == "cpu" and size > 1 and getattr(args, "sync_bn", False):
-        raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
+    if getattr(args, "sync_bn", False):
+        if size == 1:
+            print("--sync-bn: of one process, its own statistics are all", file=sys.stderr, flush=True)
+        elif device.type == "cpu":
+            raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
     if launcher.is_torchrun():
         launcher.end_with_parent(signal.SIGTERM, launcher.PARENT)
     if "RANK" in os.environ and not dist.is_initialized():

@@ -175,6 +175,15 @@ def test_sync_bn_keeps_weights_and_keys(monkeypatch):
     assert set(map(id, synced.optimizer.param_groups[0]["params"])) == set(map(id, synced.model.parameters()))
 
 
+def test_sync_bn_of_one_process_or_on_the_cpu_is_told(monkeypatch, capsys):
+    args = SimpleNamespace(gpu_id=None, sync_bn=True)
+    assert distributed.setup(args) == WORLD and "--sync-bn: of one process" in capsys.readouterr().err
+    told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    monkeypatch.setattr(os, "environ", os.environ | told)
+    with pytest.raises(utils.UserError, match="--sync-bn needs GPUs"):
+        distributed.setup(args)
+
+
 def test_collectives_suit_the_device(capsys):
     """NCCL between GPUs unless gloo is asked for; between CPUs gloo, whatever is asked for, and a line where that is NCCL."""
     on_gpu = WORLD._replace(device=torch.device("cuda", 0))
