@@ -80,4 +80,6 @@ def relaunch(args, argv):
             raise
         told = "its port is taken" if "EADDRINUSE" in str(error) else f"no connection there ({first_line(error)})"
         raise UserError(f"--dist-url {args.dist_url}: {told}") from None
+    finally:
+        del os.environ[launcher.PID]
     return 0

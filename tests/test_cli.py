@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from scripts import QUICK, QUICK_RUN, TRAINING, WORLD, own_signal_handlers, parsed, save_teacher, status
 
 import distributed
+import launcher
 import losses
 import methods
 import models
@@ -96,6 +98,7 @@ def flags_read(script, argv, monkeypatch):
             args.multiprocessing_distributed = True
             with pytest.raises(SystemExit):
                 distributed.run(lambda: args, lambda *_: None)
+            assert launcher.PID not in os.environ  # else processes of a later launcher would take it for their parent
     return set(plain), set(Recorder.read)
 
 
