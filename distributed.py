@@ -79,10 +79,14 @@ def check_environment(args):
         if getattr(args, "world_size", 1) > 1 or getattr(args, "rank", 0):
             raise UserError("--world-size and --rank need --multiprocessing-distributed")
         return
-    for name, default in (("RANK", ""), ("WORLD_SIZE", ""), ("LOCAL_RANK", "0"), ("MASTER_ADDR", ""), ("MASTER_PORT", "")):
-        told = os.environ.get(name, default)
-        if not (told if name == "MASTER_ADDR" else told.isdecimal()):
-            raise UserError(f"RANK is set, so this is one process of several, but {name} is {told!r}: start it by torchrun")
+    told = {"LOCAL_RANK": "0", **os.environ}
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    rank, size, local_rank, port = (int(told[name]) if told.get(name, "").isdecimal() else -1 for name in names)
+    possible = (rank >= 0, size > rank, local_rank >= 0, 0 < port < 2**16, told.get("MASTER_ADDR"))
+    for name, fits in zip((*names, "MASTER_ADDR"), possible, strict=True):
+        if not fits:
+            value = told.get(name, "")
+            raise UserError(f"RANK is set, so this is one process of several, but {name} is {value!r}: start it by torchrun")
 
 
 def join(chosen, device):

@@ -405,6 +405,9 @@ distributed.run(lambda: Args(gpu_id=None), main)"""
         ({"RANK": "0"}, "RANK is set, so this is one process of several, but WORLD_SIZE is ''"),
         ({"RANK": "x"}, "but RANK is 'x'"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "but MASTER_ADDR is ''"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "but WORLD_SIZE is '2'"),
+        ({"RANK": "0", "WORLD_SIZE": "0", "MASTER_PORT": "1"}, "but WORLD_SIZE is '0'"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "99999"}, "but MASTER_PORT is '99999'"),
     ],
 )
 def test_an_environment_that_describes_no_group(changed, said, monkeypatch):
