@@ -114,8 +114,8 @@ def files_below(folder):
 
 def class_names(folder):
     """Return the sorted names of the class folders in `folder`; none where it does not exist."""
-    found = os.scandir(folder) if os.path.isdir(folder) else ()
-    return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
+    found = os.listdir(folder) if os.path.isdir(folder) else ()
+    return sorted(name for name in found if not name.startswith(".") and os.path.isdir(os.path.join(folder, name)))
 
 
 def class_folders(folder):

@@ -51,12 +51,13 @@ def checked(kind, expected, accepts):
     return parse
 
 
+LARGEST = 2.0**127  # about the largest float32
 # Below 2^31, so that products of two are numbers that a tensor can hold.
 positive = checked(int, "a whole number from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)
 natural = checked(int, "a whole number from 0 to 2^31 - 1", lambda value: 0 <= value < 2**31)
 seed = checked(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
-above_zero = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
-not_negative = checked(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+above_zero = checked(float, "a number above 0", lambda value: 0 < value < LARGEST)
+not_negative = checked(float, "a number of at least 0", lambda value: 0 <= value < LARGEST)
 below_one = checked(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
 share = checked(float, "a share above 0 and at most 1", lambda value: 0 < value <= 1)
 
@@ -226,12 +227,19 @@ def require_pair(parser, args):
         parser.error(f"--arch {args.arch} is one network, not a mutual pair: name it twice, {half}_{half}")
 
 
-def check_export(parser, path, weights):
-    """Exit with one line where the backbone could not be written to `path`, or would overwrite the tested `weights`."""
+def check_output(parser, flag, path):
+    """Exit with one line where the file `path` that `flag` names, if it is given, could not be written."""
+    if path is None:
+        return
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        parser.error(f"--export-backbone: cannot write {path}: no such folder: {folder}")
+        parser.error(f"{flag}: cannot write {path}: no such folder: {folder}")
     if not os.path.basename(path) or os.path.isdir(path):
-        parser.error(f"--export-backbone: cannot write {path!r}: expected the name of a file")
+        parser.error(f"{flag}: cannot write {path!r}: expected the name of a file")
+
+
+def check_export(parser, path, weights):
+    """Exit with one line where the backbone could not be written to `path`, or would overwrite the tested `weights`."""
+    check_output(parser, "--export-backbone", path)
     if os.path.realpath(weights) in map(os.path.realpath, (path, f"{path}.tmp")):
         parser.error("--export-backbone would overwrite --student-weights")

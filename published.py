@@ -14,7 +14,7 @@ def read_json(path):
     """Return the dict in a JSON file, or None if there is none that can be read."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

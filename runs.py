@@ -62,7 +62,7 @@ class RunFolder:
     def is_of(self, launch):
         """Return whether `launch`, a name, is of those that claimed the folder last."""
         with suppress(OSError):
-            return launch in (self.path / ".lock").read_text().splitlines()
+            return launch in (self.path / ".lock").read_text(errors="replace").splitlines()
         return False
 
     def claim(self, resume, launches=()):
@@ -113,7 +113,7 @@ class RunFolder:
 
     def written_settings(self):
         """Return the settings of the run in the folder; UserError where they cannot be read."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             settings = json.loads(self.arguments.read_text())
             if isinstance(settings, dict):
                 return settings
@@ -135,9 +135,10 @@ def read_log(path):
     """Return the epochs of a log.jsonl in order, the later line where one was repeated, without lines cut off by a kill."""
     epochs = {}
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError, TypeError, KeyError, OverflowError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             entry = json.loads(line)
-            epochs[int(entry["epoch"])] = entry
+            if type(entry["epoch"]) is int:
+                epochs[entry["epoch"]] = entry
     return [epochs[number] for number in sorted(epochs)]
 
 

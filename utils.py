@@ -111,9 +111,10 @@ def state_dict_of(content, path):
     if not state:
         raise UserError(f"{path}: holds no weights")
     for key, value in state.items():
-        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+        plain = value.layout == torch.strided and not (value.is_nested or value.is_meta or value.is_quantized)
+        if not plain or value.is_complex():
             raise UserError(f"{path}: {key} is no plain tensor of numbers")
-        if not value.isfinite().all():
+        if not (value.float() if value.is_floating_point() else value).isfinite().all():  # float8 has no isfinite
             raise UserError(f"{path}: {key} holds values that are not finite")
     return state
 

@@ -39,8 +39,9 @@ def parse_args(argv=None):
     args = train_student_cifar.parse_args(rest)
     if args.val_split or args.warmup_epoch or args.accumulate > 1 or args.dataset == "imagenet":
         parser.error("the reference has no --val-split, --warmup-epoch, --accumulate or --dataset imagenet")
-    if args.resume or args.evaluate:
-        parser.error("every run is trained anew: no --resume or --evaluate")
+    if args.resume or args.evaluate or args.multiprocessing_distributed:
+        parser.error("every run is trained anew, by one process: no --resume, --evaluate or --multiprocessing-distributed")
+    options.check_output(parser, "--json", ours.json)
     args.seeds, args.json, args.student_flags = ours.seeds, ours.json, rest
     return args
 
@@ -68,7 +69,8 @@ def default(args, seed):
     """Train with the project's own script; return the last epoch's top-1 and the images/s over all epochs."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(SCRIPT), *args.student_flags, "--manual_seed", str(seed), "--checkpoint-dir", folder]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            raise utils.UserError(f"{SCRIPT.name} ended with status {status}")
         (log,) = Path(folder).glob("*/log.jsonl")
         epochs = [json.loads(line) for line in log.read_text().splitlines()]
     return {"top1": epochs[-1]["test/top1"], "speed": len(epochs) / sum(1 / e["images_per_second"] for e in epochs)}

@@ -16,6 +16,7 @@ import torch
 from training_paths import Apart, ranged, spread
 
 import distributed
+import models
 import options
 
 # The pairs of results/published_results.json, by the names of the architectures.
@@ -57,6 +58,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.scaling and (args.all or args.compile or args.gpu_id):
         parser.error("--scaling measures the default path of one pair, on all GPUs: no --all, --compile or --gpu-id")
+    options.require_aux(parser, args, *(["teacher"] if args.teacher else ["tarch", "arch"]))
+    if args.online and not models.is_pair(args.online):
+        parser.error(f"--online {args.online} is one network, not a mutual pair")
+    for flag in ("json", "plot"):
+        options.check_output(parser, f"--{flag}", getattr(args, flag))
     args.steps = args.steps or (20 if torch.cuda.is_available() else 2)
     return args
 

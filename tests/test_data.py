@@ -328,6 +328,7 @@ def test_links_back_to_a_parent_folder(tmp_path):
         (tmp_path / name / "more" / "1.png").touch()
         for link in ("self", "again"):
             (tmp_path / name / link).symlink_to(tmp_path / name)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")  # leads nowhere, so it is no class
     assert [Path(path).relative_to(tmp_path).parts[0] for path, _ in datasets.class_folders(tmp_path)[1]] == ["cat", "dog"]
 
 

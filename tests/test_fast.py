@@ -370,6 +370,23 @@ def test_scaling_refuses_what_it_would_leave_out(flag, capsys):
     assert stop.value.code == 2 and "no --all, --compile or --gpu-id" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--teacher resnet8", "no auxiliary classifiers"),
+        ("--arch resnet8", "no auxiliary classifiers"),
+        ("--online resnet8_aux", "not a mutual pair"),
+        ("--json nowhere/a.json", "no such folder"),
+        ("--scaling --plot nowhere/a.png", "no such folder"),
+    ],
+)
+def test_benchmark_of_steps_refuses_what_it_cannot_time_or_write(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        step.parse_args(flags.split())
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and said in told and told.count("\n") == 1
+
+
 def test_the_precision_probe_leaves_the_threads_as_they_were():
     before = torch.get_num_threads()
     torch.set_num_threads(2)

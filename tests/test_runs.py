@@ -367,6 +367,22 @@ def test_batch_that_batchnorm_cannot_train_on(tmp_path, capsys):
     assert "vgg8_bn cannot train on a batch of 1 image of this size" in capsys.readouterr().err
 
 
+def test_logs_and_settings_that_another_program_wrote(tmp_path):
+    """Lines without an epoch's whole number are none of a run's."""
+    deep = "[" * 100_000
+    (tmp_path / "log.jsonl").write_text(f'{{"epoch": "1"}}\n{{"epoch": 2.5}}\n{{"epoch": true}}\n{deep}\n[1]\n{{"epoch": 2}}\n')
+    assert runs.read_log(tmp_path / "log.jsonl") == [{"epoch": 2}]
+    folder = runs.RunFolder(
+        "train_x", argparse.Namespace(checkpoint_dir=tmp_path, arch="a", dataset="d", manual_seed=0, tag=None)
+    )
+    folder.path.mkdir()
+    folder.arguments.write_text(deep)
+    with pytest.raises(utils.UserError, match="args.json is missing or unreadable"):
+        folder.written_settings()
+    (folder.path / ".lock").write_bytes(b"\xff")
+    assert not folder.is_of("here 1")
+
+
 def test_a_full_gpu_is_not_told_as_a_foreign_checkpoint():
     """The optimizer's state goes to the device when a run is resumed."""
     with pytest.raises(torch.OutOfMemoryError), runs.its_own("a.pth.tar"):

@@ -307,6 +307,19 @@ def test_weights_that_are_no_numbers(value, tmp_path):
     assert f"backbone.conv1.weight {'is no plain' if value is None else 'holds values'}" in refused(tmp_path / "a.pth")
 
 
+def test_weights_of_other_types(tmp_path):
+    """Float8 becomes float32 as all others do; a tensor of tensors is no weight."""
+    state = small().state_dict()
+    for value in (torch.float8_e4m3fn, torch.float16, torch.float64):
+        torch.save({"net": {**state, "backbone.fc.weight": state["backbone.fc.weight"].to(value)}}, tmp_path / "a.pth")
+        network = small(1)
+        utils.load_weights(network, tmp_path / "a.pth")
+        assert torch.equal(network.backbone.fc.weight, state["backbone.fc.weight"].to(value).float())
+    nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(3, 3)])
+    torch.save({"net": {**state, "backbone.fc.weight": nested}}, tmp_path / "a.pth")
+    assert "backbone.fc.weight is no plain tensor" in refused(tmp_path / "a.pth")
+
+
 def test_classifier_that_is_a_single_number(tmp_path):
     torch.save({"fc.weight": torch.tensor(1.0)}, tmp_path / "a.pth")
     with pytest.raises(utils.UserError, match="holds no classifier"):
