@@ -119,6 +119,8 @@ def backend(asked, world):
 def run(parse_args, main):
     """Run `main(args, world)` of a script: parse, launch, join, and turn a user's mistake into one line and status 2."""
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(143))  # nothing to save yet: as SIGTERM ends it
+    if sys.stdout is None:  # as of `train_x.py >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
     sys.stdout.reconfigure(errors="backslashreplace")  # folder names need not be text
     status = None
     try:

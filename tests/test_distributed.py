@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -397,6 +398,9 @@ distributed.run(lambda: Args(gpu_id=None), main)"""
     process.stdout.close()
     assert process.stderr.read().splitlines()[1:] == ["-c: error: cannot write: Broken pipe"]
     assert process.wait(timeout=60) == 2
+    without = [sys.executable, "-c", code.replace("while True: ", "")]
+    done = subprocess.run(f"{shlex.join(without)} >&-", shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.splitlines()) == (0, ["no GPU found: running on the CPU"])
 
 
 @pytest.mark.parametrize(
