@@ -119,8 +119,9 @@ def backend(asked, world):
 def run(parse_args, main):
     """Run `main(args, world)` of a script: parse, launch, join, and turn a user's mistake into one line and status 2."""
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(143))  # nothing to save yet: as SIGTERM ends it
-    if sys.stdout is None:  # as of `train_x.py >&-`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # as of `train_x.py >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
     sys.stdout.reconfigure(errors="backslashreplace")  # folder names need not be text
     status = None
     try:
@@ -138,9 +139,9 @@ def run(parse_args, main):
             os._exit(130)
         fail("interrupted", 130)
     except (MemoryError, RuntimeError, OSError) as error:
-        if lost_peer(error):
-            fail("another process of this run has ended", 1, wait=True)
         told = machines_fault(error)
+        if not told and lost_peer(error):
+            fail("another process of this run has ended", 1, wait=True)
         if not told:
             raise
         fail(*told)
@@ -169,6 +170,8 @@ def machines_fault(error):
         return f"a process that reads images has ended ({first_line(error)}): with fewer --num-workers they take less memory", 1
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}", 2
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return f"{error.strerror}: fewer --num-workers need fewer", 2
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
         with contextlib.suppress(OSError):  # else what is still to be printed fails once more, when the interpreter ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

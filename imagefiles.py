@@ -5,8 +5,11 @@ depends on (seed, epoch, position) alone, not on the number of workers or proces
 """
 
 import atexit
+import contextlib
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -66,6 +69,15 @@ def stay(leaving, _):
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
 
 
+def check_shared_memory(size):
+    """Raise UserError where the workers' batches, `size` bytes, do not fit into /dev/shm: without room they would hang."""
+    with contextlib.suppress(OSError):  # elsewhere than on Linux it is not there
+        free = shutil.disk_usage("/dev/shm").free
+        if free < size:
+            told = f"/dev/shm has {free / 2**20:.0f} MiB left, {size / 2**20:.0f} are needed for the batches of the workers"
+            raise UserError(f"{told}: fewer --num-workers, or a larger one (docker run --shm-size)")
+
+
 class Plan:
     """The batch sampler of a loader whose workers persist: a new plan of batches for every pass."""
 
@@ -91,6 +103,9 @@ class FileBatches:
         self.stream = torch.cuda.Stream(world.device) if encoded else None
         self.normalise = batches.Normaliser(datasets.IMAGENET_STATISTICS, world.device)
         self.plan, workers = Plan(), args.num_workers
+        if not encoded:
+            ahead = workers * PREFETCH * math.ceil(args.batch_size / world.size)
+            check_shared_memory(min(ahead, len(files)) * 3 * decoding.SIZE**2)
         self.leaving = multiprocessing.RawValue("b", 0)
         atexit.register(setattr, self.leaving, "value", 1)
         self.loader = DataLoader(

@@ -234,7 +234,7 @@ def check_output(parser, flag, path):
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         parser.error(f"{flag}: cannot write {path}: no such folder: {folder}")
-    if not os.path.basename(path) or os.path.isdir(path):
+    if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):  # a folder, a device
         parser.error(f"{flag}: cannot write {path!r}: expected the name of a file")
 
 

@@ -218,7 +218,7 @@ def weights_layout(path):
     widths = {key: value.shape[0] for key, value in state.items() if value.dim() and re.search(HEAD_WEIGHT, key)}
     classes = [width for key, width in widths.items() if "auxiliary_classifier" not in key]
     joint = [width for key, width in widths.items() if "auxiliary_classifier" in key]
-    if not classes:
+    if not classes or not classes[0]:
         raise UserError(f"{path}: holds no classifier of an architecture known here")
     if joint and joint[0] not in (classes[0], 4 * classes[0]):
         raise UserError(f"{path}: its heads have {joint[0]} outputs for {classes[0]} classes, neither 1 nor 4 rotations")

@@ -201,6 +201,15 @@ def test_a_device_that_does_not_decode_is_told(monkeypatch):
         decoding.EncodedImages(None, None, False).decoded([], [], [], torch.device("cpu"))
 
 
+def test_shared_memory_that_is_too_small_is_told(root, monkeypatch):
+    """As in a container, whose 64 MB are too few for the usual batch: the workers would hang."""
+    monkeypatch.setattr(imagefiles.shutil, "disk_usage", lambda path: mock.Mock(free=2**20))
+    train(root, "--num-workers", "1", "--batch-size", "2")
+    train(root, "--num-workers", "0")
+    with pytest.raises(UserError, match="/dev/shm has 1 MiB left, 2 are needed"):  # of twelve images in all
+        train(root, "--num-workers", "4", "--batch-size", "256")
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_workers_end_with_the_run(root, tmp_path, monkeypatch, stopped):
     """Also with a run that a signal stops: left to the end of a process group, each would take ten seconds."""

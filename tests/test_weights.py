@@ -453,7 +453,7 @@ def test_json_of_numbers_that_are_not_finite(tmp_path, capsys):
     assert utils.json_ready({"a": {"b": -math.inf}, "c": 1.5, "d": "nan"}) == {"a": {"b": None}, "c": 1.5, "d": "nan"}
 
 
-@pytest.mark.parametrize("to", ["absent/b.pth", ".", "sub/", ""])
+@pytest.mark.parametrize("to", ["absent/b.pth", ".", "sub/", "", "/dev/null"])
 def test_export_that_cannot_be_written_is_told_before_the_test(to, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
