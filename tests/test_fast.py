@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from contract import filled_network
 from scripts import QUICK, save_teacher
 from torch import nn
 from torch._inductor import exc as compiler_errors
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import augment
 import batches
@@ -27,6 +29,7 @@ import engine
 import fast
 import loading
 import losses
+import metrics
 import models
 import precision
 from distributed import World
@@ -405,6 +408,42 @@ def test_benchmark_of_equal_results_refuses_what_the_reference_lacks(flags, said
         equal_results.parse_args(["--tcheckpoint", "T", *flags.split()])
     told = capsys.readouterr().err
     assert stop.value.code == 2 and said in told and told.count("\n") == 1
+
+
+def gpu_objectives():
+    """Return name -> (name of the trained network, its rotations, function that makes the objective)."""
+
+    def made(name, rotations=4):
+        return models.create(name, CLASSES, rotations)
+
+    return {
+        "ce": ("ShuffleV2", 4, losses.CrossEntropyLoss),
+        "teacher": ("vgg8_bn_aux", 4, losses.TeacherLoss),
+        "hsakd": ("wrn_16_1_aux", 4, lambda: losses.HSAKDLoss(made("wrn_40_1_aux"))),
+        "mutual": ("wrn_16_2_wrn_16_2", 4, losses.MutualLoss),
+        "kd": ("ShuffleV1", 4, lambda: losses.KDLoss(made("resnet8"))),
+        "dkd": ("mobilenetV2", 4, lambda: losses.DKDLoss(made("resnet8"))),
+        "dpcd": ("resnet8_aux", 1, lambda: losses.DPCDLoss(made("resnet14_aux", 1))),
+    }
+
+
+@pytest.mark.parametrize("method", gpu_objectives())
+def test_gpu_step_runs_on_tensors_without_values(method):
+    """On a simulated GPU batches, forward pass, losses and metrics run: they read no value back and mix no devices."""
+    arch, rotations, objective = gpu_objectives()[method]
+    device = torch.device("cuda:0")
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no such GPU
+        data = batches.DeviceBatches(image_set(), BATCH, augment.CropFlip(32), World(0, 1, device), 0)
+        with device:
+            model, objective = models.create(arch, CLASSES, rotations), objective()
+        objective, totals = objective.to(device), metrics.Totals(device)
+        for images, labels in data.epoch(0):
+            terms, predictions = objective.step(model, images, labels, 0)
+            totals.add(metrics.training_sums(terms, predictions, labels), len(labels))
+        assert {value.device for value in (images, totals.sums, *terms.values())} == {device}
+        with pytest.raises(DataDependentOutputException):
+            totals.means()
 
 
 @needs_gpu
