@@ -23,6 +23,7 @@ ARCHIVES = {"cifar100": CIFAR100_STATISTICS, "cifar10": CIFAR10_STATISTICS, "stl
 DIGITS_STATISTICS = ((0.3054,) * 3, (0.3237,) * 3)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # torchvision's, and GIF
 SMALLEST, LARGEST_IN_MEMORY = 8, 96  # pixels a side
+STRIP = 1000  # an image so many times as long as it is wide would be huge, once its short side is resized
 
 
 @dataclass
@@ -150,13 +151,21 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def check_sides(path, *sides):
+    """Raise UserError where the image at `path` is such a strip that it cannot be resized."""
+    if max(sides) > STRIP * min(sides):
+        raise UserError(f"unreadable image {path} (a strip of {min(sides)} by {max(sides)} pixels)")
+
+
 def decode(path, size=None):
     """Return the image at `path` as (3, H, W) uint8, resized and centre-cropped to `size` where given."""
+    damaged = (OSError, ValueError, SyntaxError, RuntimeError, MemoryError, Image.DecompressionBombError)
     try:
         with Image.open(path) as file:
             image = to_rgb(file)
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # of damaged files
+    except damaged as error:
         raise UserError(f"unreadable image {path} ({first_line(error)})") from None
+    check_sides(path, *image.size)
     if size and image.size != (size, size):
         scale = size / min(image.size)
         wide, high = (max(size, round(side * scale)) for side in image.size)

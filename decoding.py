@@ -32,7 +32,9 @@ def decode(path):
     with suppress(OSError, RuntimeError):
         content = read_bytes(path)
         if decode_jpeg and content[:3].tolist() == JPEG:  # of other formats its decoders crash on some damaged files
-            return decode_jpeg(content, "RGB")
+            image = decode_jpeg(content, "RGB")
+            datasets.check_sides(path, *image.shape[1:])
+            return image
     return datasets.decode(path)  # slower, but knows more formats and says what is wrong
 
 

@@ -284,6 +284,7 @@ def report_best(run):
     """Test the run folder's best weights with all heads, print and return the accuracies."""
     path = run.folder.best if run.folder.best.exists() else run.folder.last
     content = utils.load_weights(run.model, path)
+    utils.warn_of_other_classes(content, run.data.test.classes, path)
     if run.args.amp == "auto":
         run.precision = TYPES.get(content.get("precision"), run.precision)
     means = evaluate(run.model, run.data.test, run.world.device, run.precision, heads=True)

@@ -33,7 +33,8 @@ def main(args, world):
     data = loading.load(args, world)
     model = models.create(args.arch, data.num_classes, args.rotations)
     if args.pretrained_backbone:
-        utils.load_weights(model.backbone, args.pretrained_backbone)
+        content = utils.load_weights(model.backbone, args.pretrained_backbone)
+        utils.warn_of_other_classes(content, data.test.classes, args.pretrained_backbone)
     if args.freezed:
         model.freeze_backbone()
     engine.fit(args, world, model, TeacherLoss(), data)

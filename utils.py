@@ -106,16 +106,25 @@ def state_dict_of(content, path):
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    named = {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in named.items()}
+    state = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not torch.is_tensor(value):
+            continue
+        key = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+        if key in state:
+            raise UserError(f"{path}: holds {key} twice, under several prefixes")
+        state[key] = value
     if not state:
         raise UserError(f"{path}: holds no weights")
     for key, value in state.items():
         plain = value.layout == torch.strided and not (value.is_nested or value.is_meta or value.is_quantized)
-        if not plain or value.is_complex():
-            raise UserError(f"{path}: {key} is no plain tensor of numbers")
-        if not (value.float() if value.is_floating_point() else value).isfinite().all():  # float8 has no isfinite
+        if not plain or not (value.is_floating_point() or key.endswith("num_batches_tracked")):
+            raise UserError(f"{path}: {key} is no plain tensor of floating-point numbers")
+        value = value.float()  # float8 has neither isfinite nor comparisons
+        if not value.isfinite().all():
             raise UserError(f"{path}: {key} holds values that are not finite")
+        if key.endswith("running_var") and (value < 0).any():
+            raise UserError(f"{path}: {key} holds negative variances")
     return state
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import gc
 import multiprocessing
+import re
 import shutil
+from functools import partial
 from unittest import mock
 
 import input_pipeline
@@ -16,6 +18,7 @@ from scripts import WORLD, run, status
 from torchvision import io
 from torchvision.transforms import v2
 
+import datasets
 import decoding
 import imagefiles
 import loading
@@ -122,6 +125,21 @@ def test_other_formats_than_jpeg_are_read_by_pillow(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="unreadable image"):
         decoding.decode(str(path))
+
+
+@pytest.mark.parametrize("file", ["strip.png", "strip.jpg"])
+def test_an_image_that_would_take_all_memory_is_unreadable(file, tmp_path, monkeypatch):
+    """Resizing the short side of a strip to 256 pixels makes it huge; a damaged file may ask a decoder for any memory."""
+    path = tmp_path / file
+    Image.new("RGB", (2, 2001)).save(path)
+    for read in (decoding.decode, partial(datasets.decode, size=32)):
+        with pytest.raises(UserError, match=re.escape(f"unreadable image {path} (a strip of 2 by 2001 pixels)")):
+            read(path)
+    Image.new("RGB", (2, 20)).save(path)
+    monkeypatch.setattr(decoding, "decode_jpeg", None)
+    monkeypatch.setattr(Image, "open", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(UserError, match="unreadable image .*MemoryError"):
+        decoding.decode(path)
 
 
 def test_unreadable_images_are_told_once(damaged, capsys):

@@ -318,6 +318,21 @@ def test_weights_of_other_types(tmp_path):
     nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(3, 3)])
     torch.save({"net": {**state, "backbone.fc.weight": nested}}, tmp_path / "a.pth")
     assert "backbone.fc.weight is no plain tensor" in refused(tmp_path / "a.pth")
+    torch.save({"net": {**state, "backbone.fc.weight": state["backbone.fc.weight"].to(torch.int8)}}, tmp_path / "a.pth")
+    assert "backbone.fc.weight is no plain tensor of floating-point numbers" in refused(tmp_path / "a.pth")
+
+
+def test_variances_below_zero(tmp_path):
+    state = small().state_dict()
+    state["backbone.bn1.running_var"][3] = -1
+    torch.save({"net": state}, tmp_path / "a.pth")
+    assert "backbone.bn1.running_var holds negative variances" in refused(tmp_path / "a.pth")
+
+
+def test_weights_both_with_and_without_a_prefix(tmp_path):
+    """Which of the two are meant nobody knows."""
+    torch.save({"net": {**small().state_dict(), "module.backbone.fc.weight": torch.zeros(1)}}, tmp_path / "a.pth")
+    assert "holds backbone.fc.weight twice" in refused(tmp_path / "a.pth")
 
 
 def test_classifier_that_is_a_single_number(tmp_path):
