@@ -221,12 +221,8 @@ def its_own(path):
         raise utils.UserError(told) from None
 
 
-def restore(run):
-    """Bring an engine.Run to where its folder's last checkpoint stands; UserError where that is another run's."""
-    try:
-        content = utils.load_weights(run.model, run.folder.last)
-    except utils.UserError as error:
-        raise utils.UserError(f"--resume: {error}; {run.folder.recovery()}") from None
+def check_same_run(run, content):
+    """Raise UserError where a checkpoint's dict is another run's: of other settings, training images or teacher."""
     if isinstance(content.get("args"), dict):
         run.folder.check_settings(content["args"])
     if content.get("data", run.data.about) != run.data.about:
@@ -234,17 +230,29 @@ def restore(run):
         raise utils.UserError(f"--resume: the run in {run.folder.path} has other training images: {told}")
     if content.get("teacher_digest") != run.teacher_digest:
         raise utils.UserError(f"--resume: the run in {run.folder.path} has a teacher of other weights: use --tag")
+
+
+def restore(run):
+    """Bring an engine.Run to where its folder's last checkpoint stands; UserError where that is another run's."""
+    try:
+        content = utils.load_weights(run.model, run.folder.last)
+    except utils.UserError as error:
+        raise utils.UserError(f"--resume: {error}; {run.folder.recovery()}") from None
     with its_own(run.folder.last):
+        check_same_run(run, content)
         run.precision = TYPES[content["precision"].replace("None", "float32")]  # as earlier checkpoints call it
     run.prepare()
     with its_own(run.folder.last):
         run.optimizer.load_state_dict(content["optimizer"])
+        if any(state["momentum_buffer"].shape != parameter.shape for parameter, state in run.optimizer.state.items()):
+            raise ValueError("momentum of another shape")  # a fused step would read beyond it
         run.scaler.load_state_dict(content["scaler"])
         saved = content["objective"]
         run.objective.load_state_dict(saved[run.world.rank % len(saved)])
-        run.epoch, run.step_in_epoch = content["order"]["epoch"], content["order"]["step"]
+        run.epoch = range(2**31).index(content["order"]["epoch"])
+        run.step_in_epoch = range(len(run.data.train) + 1).index(content["order"]["step"])
         run.totals.load_state_dict(content["totals"], run.world.is_main)
-        run.best, run.last_accuracy = content["best"], content["acc"]
+        run.best, run.last_accuracy = {**content["best"]}, content["acc"]
         torch.set_rng_state(content["rng"]["torch"])
     done = run.epoch + (run.step_in_epoch > 0)
     if done > run.args.epochs:

@@ -379,8 +379,17 @@ def test_weights_of_other_classes_of_the_same_number(weights, tmp_path, capsys):
         scripts.run("test_model", *QUICK, "--arch", "resnet8_aux", "--student-weights", tmp_path / "w.pth")
         args = parsed("train_student_cifar", *student(weights), "--tcheckpoint", tmp_path / "w.pth")
         methods.create_pair(args, [str(i) for i in range(10)])
+        words = [
+            "--arch",
+            "resnet8_aux",
+            "--pretrained-backbone",
+            tmp_path / "w.pth",
+            "--checkpoint-dir",
+            tmp_path / str(warned),
+        ]
+        scripts.run("train_teacher_cifar", *scripts.QUICK_RUN, *words)
         told = capsys.readouterr().err
-        assert told.count("w.pth: trained on the classes of another data set (imagefolder)") == 2 * warned, told
+        assert told.count("w.pth: trained on the classes of another data set (imagefolder)") == 3 * warned, told
 
 
 def test_memory_that_is_not_there(monkeypatch, capsys):

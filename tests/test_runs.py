@@ -241,6 +241,29 @@ def test_damaged_last_checkpoint_is_told(tmp_path, capsys):
     assert "no checkpoint of this project to resume from" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"args": {1: "a", "b": 2}},
+        {"order": {"epoch": 0, "step": -1}},
+        {"order": {"epoch": 0, "step": 99}},
+        {"order": {"epoch": None, "step": 0}},
+        {"best": None},
+        {"optimizer": "momentum"},
+    ],
+)
+def test_checkpoint_that_was_edited(change, tmp_path, capsys, whole_teacher):
+    """No crash later on, and of momentum too short none of the whole process."""
+    folder = tmp_path / TEACHER_RUN
+    shutil.copytree(whole_teacher, folder)
+    content = checkpoint(folder)
+    if change == {"optimizer": "momentum"}:
+        content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(1)
+        change = {}
+    torch.save({**content, **change}, folder / "resnet8_aux.pth.tar")
+    assert "no checkpoint of this project to resume from" in refused(capsys, *TEACHER, "--checkpoint-dir", tmp_path)
+
+
 def refused(capsys, *argv):
     """Run the teacher's script with --resume, which must end in one line and status 2; return the line."""
     assert status("train_teacher_cifar", *argv, "--resume") == 2
@@ -315,15 +338,18 @@ def test_resumption_of_something_else(tmp_path, capsys, whole_teacher):
 
 def test_other_training_images_are_another_run(tmp_path, capsys):
     """`--data` may move, but what is there must be the same; torchrun's restarts take up their own launch's folder alone."""
-    for name, count in (("here", 4), ("moved", 4), ("more", 6)):
+    for name, label, count in (("here", "a", 4), ("moved", "a", 4), ("more", "a", 6), ("other", "b", 4)):
         for split, number in itertools.product(("train", "val"), range(count)):
-            (tmp_path / name / split / "a").mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (40 * number, 9, 9)).save(tmp_path / name / split / "a" / f"{number}.png")
+            (tmp_path / name / split / label).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (40 * number, 9, 9)).save(tmp_path / name / split / label / f"{number}.png")
     argv = ["--arch", "resnet8_aux", "--dataset", "imagefolder", "--batch-size", 2, "--amp", "off"]
     argv += ["--checkpoint-dir", tmp_path]
     run("train_teacher_cifar", *argv, "--data", tmp_path / "here", "--epochs", 1)
     assert "has other training images: 4 images" in refused(capsys, *argv, "--data", tmp_path / "more", "--epochs", 2)
     run("train_teacher_cifar", *argv, "--data", tmp_path / "moved", "--epochs", 2, "--resume")
+    capsys.readouterr()
+    run("train_teacher_cifar", *argv, "--data", tmp_path / "other", "--evaluate")
+    assert "_best.pth.tar: trained on the classes of another data set (imagefolder)" in capsys.readouterr().err
 
 
 def test_restarts_of_a_launch_take_up_its_own_folder_alone(tmp_path, capsys, monkeypatch):
