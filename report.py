@@ -55,9 +55,11 @@ def find_runs(folders):
     for folder in sorted(found):
         try:
             run = Run(folder, read_json(folder / "args.json"), read_log(folder / "log.jsonl"))
-            _ = run.finished, label_of(run.args)
+            _ = run.finished
+            if not all(text.isprintable() for text in label_of(run.args)):
+                raise ValueError("not a line's text")
             runs.append(run)
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, OverflowError):
             print(f"report: {folder} has no readable args.json: left out", file=sys.stderr)
     return runs
 
@@ -84,8 +86,8 @@ def settings_of(args):
 
 
 def is_number(value):
-    """Tell whether a logged value is a number rather than missing."""
-    return isinstance(value, int | float)
+    """Tell whether a logged value is a number that can be averaged rather than missing."""
+    return isinstance(value, int | float) and abs(value) < 1e15  # nor NaN
 
 
 def mean_std(values):
@@ -213,6 +215,7 @@ def parse_args():
 def main():
     """Print the table and write the files asked for; exit status 2 after one line on stderr if that is not possible."""
     args, stop = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # folder names need not be text, nor every terminal know "±"
     folders = args.folders or [args.checkpoint_dir]
     try:
         runs = find_runs(folders)

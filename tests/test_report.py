@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 
 import pytest
@@ -186,12 +187,23 @@ def test_killed_run_and_foreign_folders(tmp_path, capsys):
     write_run(tmp_path, "b", [30.0])
     (tmp_path / "b" / "args.json").unlink()
     (tmp_path / "unrelated").mkdir()
-    write_run(tmp_path, "odd", [30.0], epochs=[3])
+    odd = ({"epochs": [3]}, {"epochs": math.inf}, {"method": ["kd"]}, {"method": 5}, {"arch": "two\nlines"}, {"few_ratio": "a"})
+    for i, settings in enumerate(odd):
+        write_run(tmp_path, f"odd{i}", [30.0], **settings)
     write_run(tmp_path, "c", [], manual_seed=1)
     (row,) = rows_of(tmp_path)
     assert (row["epochs"], row["last top-1"], row["seeds"]) == ("0-2/240", "21.00", "(0) (1)")
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and str(tmp_path / "b") in errors[0] and str(tmp_path / "odd") in errors[1]
+    named = ["b", *(f"odd{i}" for i in range(len(odd)))]
+    assert [line.split()[1] for line in errors] == [str(tmp_path / name) for name in named]
+
+
+def test_numbers_that_cannot_be_averaged_are_missing(tmp_path):
+    folder = write_run(tmp_path, "a", [50.0])
+    for line in ('"test/top1": 1e999, "images_per_second": NaN', f'"test/top1": {10**400}'):
+        (folder / "log.jsonl").write_text(f'{{"epoch": 1, {line}}}\n')
+        (row,) = rows_of(tmp_path)
+        assert row["last top-1"] == "-"
 
 
 def test_command_line_writes_markdown_and_csv(tmp_path, monkeypatch, capsys):
