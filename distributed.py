@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import torchrun
-from utils import UserError, first_line, is_first_process
+from utils import UserError, first_line, is_first_process, one_line
 
 TIMEOUT = timedelta(minutes=30)  # of a collective, such as the others' wait for the first one's download
 GRACE = 5  # seconds a process leaves the launcher to end it, before it tells what another has told already
@@ -194,7 +194,7 @@ def fail(text, status, wait=False):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE)
     if not (wait and launcher.is_torchrun()):  # it tells which process ended
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: error: {one_line(text)}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         sys.stdout.flush()
         os._exit(status)  # an orderly end would wait for the other processes

@@ -9,7 +9,7 @@ import batches
 import datasets
 import distributed
 from augment import CropFlip, resized
-from utils import class_digest
+from utils import UserError, class_digest
 
 
 class Data(NamedTuple):
@@ -101,6 +101,8 @@ def split(train_set, args, world):
     held_out = None
     if args.val_split:
         kept = datasets.stratified_share(train_set.labels, 1 - args.val_split)
+        if len(kept) == len(train_set):
+            raise UserError(f"--val-split {args.val_split:g}: holds out none of {len(train_set)} images")
         left = torch.ones(len(train_set), dtype=torch.bool).index_fill(0, kept, False).nonzero().flatten()
         train_set, held_out = train_set.subset(kept), train_set.subset(left)
     if getattr(args, "few_ratio", None):

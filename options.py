@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Print `message` as one line, from the first process of a machine, and exit with status 2."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{self.prog}: error: {message}", file=sys.stderr)
+            print(f"{self.prog}: error: {utils.one_line(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -241,5 +241,6 @@ def check_output(parser, flag, path):
 def check_export(parser, path, weights):
     """Exit with one line where the backbone could not be written to `path`, or would overwrite the tested `weights`."""
     check_output(parser, "--export-backbone", path)
-    if os.path.realpath(weights) in map(os.path.realpath, (path, f"{path}.tmp")):
+    target = os.path.realpath(path)
+    if os.path.realpath(weights) in (target, os.path.realpath(f"{target}.tmp")):
         parser.error("--export-backbone would overwrite --student-weights")

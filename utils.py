@@ -59,6 +59,11 @@ def first_line(error):
     return text if re.search("[a-zA-Z]", text) else f"{type(error).__name__} {text}".strip()
 
 
+def one_line(text):
+    """Return `text` in one line: the name of a class, a file or a key of foreign weights may have several."""
+    return " ".join(str(text).splitlines())
+
+
 def check_format(path):
     """Raise UserError unless the file at `path` begins as PyTorch's do: a zip archive or, before PyTorch 1.6, a pickle."""
     with open(path, "rb") as file:
@@ -240,6 +245,7 @@ def replacing(path, mode="wb"):
 
     A crash at any moment leaves the old file or the new one.
     """
+    path = os.path.realpath(path)  # a link stays one
     temporary = f"{path}.tmp"
     try:
         with open(temporary, mode) as file:

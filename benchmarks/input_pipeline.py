@@ -91,24 +91,8 @@ def needed(flops):
         yield f"needed by the {name} ({cost / 1e9:.0f} GFLOP an image): {flops / cost:.0f} images/s"
 
 
-def main():
-    """Measure in turns and print both speeds, their ratio and its spread."""
-    parser = options.Parser(__doc__)
-    parser.add_argument("--data", required=True, type=options.path, help="folder of train/<class>/*.JPEG")
-    parser.add_argument("--images", type=options.positive, default=2000, help="files to replicate them to")
-    parser.add_argument("--rounds", type=options.positive, default=7, help="turns of the two loaders; the first is not counted")
-    parser.add_argument("--tflops", type=options.above_zero, default=400.0, help="speed of the device that trains")
-    args = parser.parse_args()
-    try:
-        files = image_files(args.data)
-    except UserError as error:
-        parser.error(error)
-    if not files:
-        parser.error(f"--data {args.data}: no images at train/<class>/* or <class>/*")
-    if args.images < args.rounds * BATCH:
-        parser.error(f"--images {args.images}: {args.rounds} rounds take {args.rounds * BATCH} or more")
-    torch.set_num_threads(1)
-    fast.keep_memory()  # as a run on the CPU does; the other loader gains from it too
+def measure(args, files):
+    """Return (files, files a turn, a turn's three speeds for each counted turn) over `--images` copies of `files`."""
     with tempfile.TemporaryDirectory(dir=Path(args.data).resolve().parent) as root:
         replicate(files, root, args.images)
         plain, ours = plain_loader(root), our_batches(root)
@@ -120,8 +104,29 @@ def main():
             chunks = [[(i, (0, turn, i)) for i in part[at : at + BATCH]] for at in range(0, len(part), BATCH)]
             theirs = speed(DataLoader(Subset(plain, part), BATCH))
             found.append((theirs, speed(uint8_batches(ours, chunks)), speed(ours.read(chunks))))
-    found = found[1:] or found
-    print(f"{len(order)} files, {size} a turn, {len(found)} turns, one core: images per second of processor time, median")
+    return len(order), size, found[1:] or found
+
+
+def main():
+    """Measure in turns and print both speeds, their ratio and its spread."""
+    parser = options.Parser(__doc__)
+    parser.add_argument("--data", required=True, type=options.path, help="folder of train/<class>/*.JPEG")
+    parser.add_argument("--images", type=options.positive, default=2000, help="files to replicate them to")
+    parser.add_argument("--rounds", type=options.positive, default=7, help="turns of the two loaders; the first is not counted")
+    parser.add_argument("--tflops", type=options.above_zero, default=400.0, help="speed of the device that trains")
+    args = parser.parse_args()
+    if args.images < args.rounds * BATCH:
+        parser.error(f"--images {args.images}: {args.rounds} rounds take {args.rounds * BATCH} or more")
+    torch.set_num_threads(1)
+    fast.keep_memory()  # as a run on the CPU does; the other loader gains from it too
+    try:
+        files = image_files(args.data)
+        if not files:
+            parser.error(f"--data {args.data}: no images at train/<class>/* or <class>/*")
+        count, size, found = measure(args, files)
+    except (UserError, OSError) as error:  # an image that cannot be read, a folder that cannot be written beside them
+        parser.error(error)
+    print(f"{count} files, {size} a turn, {len(found)} turns, one core: images per second of processor time, median")
     names = ("ImageFolder + v1 transforms", "imagefiles: decode + augment", "the same, normalised here too")
     for name, speeds in zip(names, zip(*found, strict=True), strict=True):
         ratios = sorted(speed / turn[0] for speed, turn in zip(speeds, found, strict=True))

@@ -10,6 +10,7 @@ round, so a slow spell of the machine hits both.
 """
 
 import json
+import sys
 
 import scaling
 import torch
@@ -154,9 +155,11 @@ def main(args, world):
     if args.scaling:
         cells = scaling.measure(args, cases(args)[0])
         print(table(scaling.HEAD, scaling.rows(cells), args.markdown))
-        if args.plot and any(cell["images_per_second"] for cell in cells):
-            scaling.plot(cells, args.plot)
         write_json(args, {"hardware": hardware(world.device), "scaling": cells})
+        if not any(cell["images_per_second"] for cell in cells):
+            sys.exit(1)
+        if args.plot:
+            scaling.plot(cells, args.plot)
         return
     results = []
     for case in cases(args):

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -390,6 +391,12 @@ def test_weights_of_other_classes_of_the_same_number(weights, tmp_path, capsys):
         scripts.run("train_teacher_cifar", *scripts.QUICK_RUN, *words)
         told = capsys.readouterr().err
         assert told.count("w.pth: trained on the classes of another data set (imagefolder)") == 3 * warned, told
+
+
+def test_names_with_line_breaks(monkeypatch, capsys):
+    monkeypatch.setattr("train_baseline_cifar.main", mock.Mock(side_effect=utils.UserError("a class\nof two\nlines")))
+    assert "error: a class of two lines" in one_line("train_baseline_cifar", [], capsys)
+    assert "unrecognized arguments: a b" in one_line("train_baseline_cifar", ["a\nb"], capsys)
 
 
 def test_memory_that_is_not_there(monkeypatch, capsys):

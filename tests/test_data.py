@@ -240,6 +240,9 @@ def test_validation_split_is_held_out_of_the_training_images():
     assert len(train) + len(held_out) == 1437 and abs(len(held_out) - 287) <= 1
     assert not {x.numpy().tobytes() for x in train} & {x.numpy().tobytes() for x in held_out}
     assert data.test.total == 360 and (data.num_classes, data.size) == (10, 32)
+    args.val_split = 1e-20
+    with pytest.raises(UserError, match="--val-split 1e-20: holds out none of 1437 images"):
+        loading.load(args, world())
 
 
 @pytest.mark.parametrize(("side", "asked", "images"), [(8, 4, 256), (32, 300, 300), (96, 4, 28), (96, 64, 64)])

@@ -245,16 +245,22 @@ def test_workers_end_with_the_run(root, tmp_path, monkeypatch, stopped):
 
 
 def test_benchmark_of_the_input_pipeline(root, tmp_path, capsys, monkeypatch):
-    """On a folder as ImageNet's; too little to measure is one line."""
+    """On a folder as ImageNet's; too little to measure is one line, and so is an image that cannot be read."""
     monkeypatch.setattr(input_pipeline.fast, "keep_memory", lambda: None)
-    for words, said in ((["--data", tmp_path], "no images at"), (["--data", root, "--images", "60"], "take 350 or more")):
+    threads, broken = torch.get_num_threads(), tmp_path / "broken" / "a"
+    broken.mkdir(parents=True)
+    (broken / "1.png").write_bytes(b"none")
+    for words, said in (
+        (["--data", tmp_path / "broken" / "a"], "no images at"),
+        (["--data", tmp_path / "broken"], "cannot identify image file"),
+        (["--data", root, "--images", "60"], "take 350 or more"),
+    ):
         monkeypatch.setattr("sys.argv", ["input_pipeline.py", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
             input_pipeline.main()
         assert stop.value.code == 2 and said in capsys.readouterr().err
     monkeypatch.setattr(input_pipeline, "BATCH", 4)
     monkeypatch.setattr("sys.argv", ["input_pipeline.py", "--data", str(root), "--images", "16", "--rounds", "2"])
-    threads = torch.get_num_threads()
     input_pipeline.main()
     torch.set_num_threads(threads)
     assert "ImageFolder + v1 transforms" in capsys.readouterr().out

@@ -516,3 +516,7 @@ def test_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"epoch": 1} and [p.name for p in tmp_path.iterdir()] == ["a.pth"]
     utils.save_checkpoint({"epoch": 3}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 3} and [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+    link = tmp_path / "link.pth"
+    link.symlink_to(path)
+    utils.save_checkpoint({"epoch": 4}, link)
+    assert torch.load(path, weights_only=True) == {"epoch": 4} and link.is_symlink()
