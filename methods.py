@@ -40,17 +40,17 @@ TEMPERATURE = {"hsakd": 3.0, "dpcd": 3.0, "kd": 4.0, "dkd": 4.0}
 
 def add_arguments(parser, tarch="wrn_40_2_aux"):
     """Add the trained teacher, the method and the methods' constants to a student script's parser."""
-    add = parser.add_argument
+    add = parser.add_argument_group("teacher and method").add_argument
     number = options.not_negative
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", type=options.path, required=True, help="trained weights of the teacher")
-    add("--net", type=int, choices=[1, 2], help="network of a mutual pair's weights in --tcheckpoint (1)")
+    options.add_net(parser, "--tcheckpoint")
     add("--method", choices=list(METHODS), default="hsakd", help="what the student learns from the teacher")
     add("--kd_T", type=options.above_zero, help="temperature; default 3 for hsakd and dpcd, 4 for kd and dkd (1 on ImageNet)")
     add("--ce-weight", type=number, help="kd: weight of the cross-entropy (0.1)")
     add("--kd-weight", type=number, help="kd: weight of the KL term (0.9)")
     add("--alpha", type=number, help="dkd: weight of the target term (1)")
-    add("--beta", type=number, help="dkd, dpcd: weight of the non-target term (by the teacher's family; 6, before its clamp)")
+    add("--beta", type=number, help="non-target weight; dkd: by the teacher's family; dpcd: 6, before --beta-range")
     add("--loss-warmup", type=options.natural, help="dkd, dpcd: epochs over which the teacher's term fades in (20)")
     add("--beta-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of beta (by family)")
     add("--alpha-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of alpha (0.5 2)")
@@ -117,15 +117,16 @@ def by_family(table, name, default):
 def load_teacher(args, classes):
     """Return the teacher of `--tarch` of the data set's `classes`, with the weights of `--tcheckpoint`.
 
-    Its rotations are read off the weights. Raises UserError where they do not fit.
+    For HSAKD with its auxiliary classifiers, for the other methods its backbone, whose class logits are all they use.
+    Raises UserError where the weights do not fit.
     """
     known, rotations = utils.weights_layout(args.tcheckpoint)
     if known != len(classes):
         raise utils.UserError(f"{args.tcheckpoint}: a teacher of {known} classes, but {args.dataset} has {len(classes)}")
-    teacher = models.create(args.tarch, known, rotations or 4)
-    content = utils.load_weights(teacher, args.tcheckpoint, args.net or 1)
-    if args.method == "hsakd" and rotations != 4:
-        raise utils.UserError(f"{args.tcheckpoint}: its heads tell {rotations} rotation apart, hsakd needs 4")
+    if args.method == "hsakd" and rotations == 1:
+        raise utils.UserError(f"{args.tcheckpoint}: hsakd needs a teacher whose heads tell 4 rotations apart, not 1")
+    teacher = models.create(args.tarch if args.method == "hsakd" else models.backbone_name(args.tarch), known)
+    content = utils.load_weights(teacher, args.tcheckpoint, args.net)
     utils.warn_of_other_classes(content, classes, args.tcheckpoint)
     return teacher
 
@@ -134,8 +135,6 @@ def create_pair(args, classes):
     """Return (student, objective) of `--method` for a data set of `classes`; raise UserError where they do not fit."""
     teacher = load_teacher(args, classes)
     student = models.create(args.arch, len(classes), 1 if args.method == "dpcd" else 4)
-    if args.method != "hsakd":
-        teacher = getattr(teacher, "backbone", teacher)  # these methods use its class logits alone
     if args.method == "kd":
         return student, losses.KDLoss(teacher, args.kd_T, args.ce_weight, args.kd_weight)
     if args.method == "dkd":

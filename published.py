@@ -38,9 +38,12 @@ def source_args(path):
 
 
 def is_joint(args):
-    """Tell whether a student's teacher was trained jointly: it has auxiliary heads and no --freezed."""
+    """Tell whether a student's teacher was trained jointly: it has auxiliary heads, no --freezed, and is no baseline."""
     path = args.get("tcheckpoint")
-    return bool(path) and args["tarch"].endswith("_aux") and not source_args(path).get("freezed")
+    if not path or not args["tarch"].endswith("_aux"):
+        return False
+    source = source_args(path)
+    return not source.get("freezed") and source.get("script") != "train_baseline_cifar"
 
 
 def cell(block, row, name, side=None):

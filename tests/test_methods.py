@@ -117,7 +117,19 @@ def test_one_view_teacher_serves_dpcd_and_not_hsakd(tmp_path, capsys):
     assert status("train_student_cifar", *command, "--method", "dpcd") == 0
     capsys.readouterr()
     assert status("train_student_cifar", *command, "--method", "hsakd", "--tag", "x") == 2
-    assert "hsakd needs 4" in capsys.readouterr().err
+    assert "4 rotations apart, not 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["kd", "dkd", "dpcd"])
+def test_a_plain_teacher_under_its_auxiliary_name(tmp_path, method):
+    """As of the teacher zoos, whose weights have no auxiliary classifiers: these methods read none."""
+    weights = save_teacher(tmp_path / "t.pth", "resnet14")
+    words = ["--tarch", "resnet14_aux", "--arch", "resnet8_aux", "--tcheckpoint", str(weights), "--dataset", "digits"]
+    _, objective = methods.create_pair(train_student_cifar.parse_args([*words, "--method", method]), range(10))
+    start = torch.load(weights, weights_only=True)["net"]
+    assert all(torch.equal(value, start[key]) for key, value in objective.teacher.state_dict().items())
+    args = {"tarch": "resnet14_aux", "tcheckpoint": "train_baseline_cifar_arch_resnet14_dataset_digits_seed0/resnet14.pth.tar"}
+    assert not published.is_joint(args)
 
 
 @pytest.mark.parametrize("method", TERMS)
