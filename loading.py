@@ -20,7 +20,7 @@ class Data(NamedTuple):
     test: object
     num_classes: int
     size: int
-    about: str = ""  # tells training sets apart
+    about: dict  # tells training sets apart
 
     def close(self):
         """End the processes that read images, if there are any."""
@@ -91,9 +91,8 @@ def test_batches(images, args, world, size=None):
 
 
 def about(train_set, size):
-    """Return a text that tells training sets apart: their images' number and size, and their classes."""
-    names = train_set.classes
-    return f"{len(train_set)} images, {size} pixels, {len(names)} classes (digest {class_digest(names)})"
+    """Return what tells training sets apart: their images' number and size, and a digest of their classes' names."""
+    return {"images": len(train_set), "size": size, "classes": class_digest(train_set.classes)}
 
 
 def split(train_set, args, world):

@@ -226,8 +226,8 @@ def check_same_run(run, content):
     if isinstance(content.get("args"), dict):
         run.folder.check_settings(content["args"])
     if content.get("data", run.data.about) != run.data.about:
-        told = f"{content['data']}; here {run.data.about}"
-        raise utils.UserError(f"--resume: the run in {run.folder.path} has other training images: {told}")
+        told = f"--resume: the run in {run.folder.path} has other training images"
+        raise utils.UserError(f"{told}: {content['data']}, here {run.data.about}")
     if content.get("teacher_digest") != run.teacher_digest:
         raise utils.UserError(f"--resume: the run in {run.folder.path} has a teacher of other weights: use --tag")
 
@@ -240,7 +240,7 @@ def restore(run):
         raise utils.UserError(f"--resume: {error}; {run.folder.recovery()}") from None
     with its_own(run.folder.last):
         check_same_run(run, content)
-        run.precision = TYPES[content["precision"].replace("None", "float32")]  # as earlier checkpoints call it
+        run.precision = TYPES[content["precision"]]
     run.prepare()
     with its_own(run.folder.last):
         run.optimizer.load_state_dict(content["optimizer"])

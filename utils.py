@@ -189,8 +189,8 @@ def class_digest(classes):
 
 def warn_of_other_classes(content, classes, path):
     """Warn, from the first process, where a file of this project says that its outputs mean other classes than `classes`."""
-    trained = content.get("data")
-    if isinstance(trained, str) and class_digest(classes) not in trained and is_first_process():
+    trained, ours = content.get("data"), class_digest(classes)
+    if isinstance(trained, dict) and trained.get("classes", ours) != ours and is_first_process():
         told = f"warning: {path}: trained on the classes of another data set ({content.get('dataset')}): its outputs mean those"
         print(told, file=sys.stderr, flush=True)
 

@@ -103,7 +103,7 @@ class Ours:
         settings = options.finish(options.training_parser(__file__, __doc__, case[1]), argv)
         crop_flip = augment.CropFlip(image_set.size)
         train = batches.DeviceBatches(image_set, args.batch_size, crop_flip, world, 0)
-        data = loading.Data(train, None, None, len(image_set.classes), image_set.size)
+        data = loading.Data(train, None, None, len(image_set.classes), image_set.size, {})
         self.run = engine.Run(settings, world, model, objective, data)
         self.run.prepare()
 

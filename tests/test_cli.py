@@ -376,19 +376,12 @@ def test_wrong_files(weights, tmp_path, capsys):
 def test_weights_of_other_classes_of_the_same_number(weights, tmp_path, capsys):
     content = torch.load(weights / "aux.pth", weights_only=True)
     for classes, warned in ((map(str, range(10)), False), ("abcdefghij", True)):
-        torch.save({**content, "dataset": "imagefolder", "data": f"(digest {utils.class_digest(classes)})"}, tmp_path / "w.pth")
+        torch.save({**content, "dataset": "imagefolder", "data": {"classes": utils.class_digest(classes)}}, tmp_path / "w.pth")
         scripts.run("test_model", *QUICK, "--arch", "resnet8_aux", "--student-weights", tmp_path / "w.pth")
         args = parsed("train_student_cifar", *student(weights), "--tcheckpoint", tmp_path / "w.pth")
         methods.create_pair(args, [str(i) for i in range(10)])
-        words = [
-            "--arch",
-            "resnet8_aux",
-            "--pretrained-backbone",
-            tmp_path / "w.pth",
-            "--checkpoint-dir",
-            tmp_path / str(warned),
-        ]
-        scripts.run("train_teacher_cifar", *scripts.QUICK_RUN, *words)
+        words = ["--arch", "resnet8_aux", "--checkpoint-dir", tmp_path / str(warned)]
+        scripts.run("train_teacher_cifar", *scripts.QUICK_RUN, *words, "--pretrained-backbone", tmp_path / "w.pth")
         told = capsys.readouterr().err
         assert told.count("w.pth: trained on the classes of another data set (imagefolder)") == 3 * warned, told
 

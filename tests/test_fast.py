@@ -77,7 +77,7 @@ def prepared(tmp_path, method="hsakd", amp="off", compiled=False, device="cpu", 
     world = World(0, 1, torch.device(device))
     found = image_set()
     train = batches.DeviceBatches(found, BATCH, augment.CropFlip(32), world, 0)
-    run = engine.Run(args, world, *objective(method, student), loading.Data(train, None, None, CLASSES, 32))
+    run = engine.Run(args, world, *objective(method, student), loading.Data(train, None, None, CLASSES, 32, {}))
     run.prepare()
     return run
 

@@ -67,7 +67,7 @@ def test_two_steps_are_sgd_by_hand(script, nesterov, tmp_path):
     """Momentum 0.9, and the weight decay of every parameter: with 0.1 it would show where BatchNorm or a bias had none."""
     flags = ("--arch", "resnet8_aux", "--dataset", "digits", "--weight-decay", 0.1, "--amp", "off")
     args = parsed(script, *flags, "--checkpoint-dir", tmp_path)
-    data = loading.Data(None, None, None, 5, 32)
+    data = loading.Data(None, None, None, 5, 32, {})
     run = engine.Run(args, WORLD, filled_network("resnet8_aux", num_classes=5), losses.TeacherLoss(), data)
     run.prepare()
     run.wrapped.train()

@@ -345,7 +345,8 @@ def test_other_training_images_are_another_run(tmp_path, capsys):
     argv = ["--arch", "resnet8_aux", "--dataset", "imagefolder", "--batch-size", 2, "--amp", "off"]
     argv += ["--checkpoint-dir", tmp_path]
     run("train_teacher_cifar", *argv, "--data", tmp_path / "here", "--epochs", 1)
-    assert "has other training images: 4 images" in refused(capsys, *argv, "--data", tmp_path / "more", "--epochs", 2)
+    told = refused(capsys, *argv, "--data", tmp_path / "more", "--epochs", 2)
+    assert "has other training images: {'images': 4, 'size': 8, " in told
     run("train_teacher_cifar", *argv, "--data", tmp_path / "moved", "--epochs", 2, "--resume")
     capsys.readouterr()
     run("train_teacher_cifar", *argv, "--data", tmp_path / "other", "--evaluate")
