@@ -283,6 +283,8 @@ def one_epoch(run, epoch, stop):
 def report_best(run):
     """Test the run folder's best weights with all heads, print and return the accuracies."""
     path = run.folder.best if run.folder.best.exists() else run.folder.last
+    if not path.exists():
+        raise utils.UserError(f"--evaluate: nothing has been trained in {run.folder.path} yet")
     content = utils.load_weights(run.model, path)
     utils.warn_of_other_classes(content, run.data.test.classes, path)
     if run.args.amp == "auto":

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Test every network of the tables. Edit the variables, or set them by environment; delete the lines not wanted.
+# Flags given go to every line, such as --amp auto.
 set -uo pipefail # no -e: weights that are not there cost one line, not the rest
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python}
@@ -7,12 +8,13 @@ DATA=${DATA:-./data}
 CHECKPOINTS=${CHECKPOINTS:-./checkpoint}
 GPU=${GPU:-0}
 SEED=${SEED:-0}
+flags=("$@")
 WEIGHTS=${WEIGHTS:-_best} # _best: epoch selected on the test set, as published; empty: the last epoch
 
 # check ARCH RUN [flags]: the weights of ARCH in the run folder RUN
 check() {
     $PYTHON test_model.py --arch "$1" --student-weights "$CHECKPOINTS/$2/$1$WEIGHTS.pth.tar" "${@:3}" \
-        --data "$DATA" --gpu-id "$GPU"
+        --data "$DATA" --gpu-id "$GPU" ${flags[@]+"${flags[@]}"} # as older bash needs it where there are none
 }
 end=dataset_cifar100_seed$SEED
 

@@ -121,6 +121,12 @@ def state_dict_of(content, path):
         state[key] = value
     if not state:
         raise UserError(f"{path}: holds no weights")
+    check_values(state, path)
+    return state
+
+
+def check_values(state, path):
+    """Raise UserError unless a state dict from `path` holds plain tensors of finite floating-point numbers."""
     for key, value in state.items():
         plain = value.layout == torch.strided and not (value.is_nested or value.is_meta or value.is_quantized)
         if not plain or not (value.is_floating_point() or key.endswith("num_batches_tracked")):
@@ -130,7 +136,6 @@ def state_dict_of(content, path):
             raise UserError(f"{path}: {key} holds values that are not finite")
         if key.endswith("running_var") and (value < 0).any():
             raise UserError(f"{path}: {key} holds negative variances")
-    return state
 
 
 def part_of(state, wanted, net=1):

@@ -192,10 +192,10 @@ class Peak:
 
     def read(self):
         """Return the MiB."""
-        if self.device.type == "cuda":
+        status = Path("/proc/self/status")
+        if self.device.type == "cuda" or not status.exists():
             return peak_memory(self.device)
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
 
 def matmul_rate(device, dtype):

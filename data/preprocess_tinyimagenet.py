@@ -7,7 +7,6 @@ folder `val_sorted/<class>/`, which torchvision's ImageFolder reads. It appears 
 import argparse
 import os
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -128,11 +127,9 @@ def main():
     try:
         print(prepare(parser.parse_args().folder or default_folder()))
     except (OSError, ValueError) as error:
-        print(f"preprocess_tinyimagenet: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(error)
     except KeyboardInterrupt:
-        print("preprocess_tinyimagenet: interrupted: run it again", file=sys.stderr)
-        sys.exit(130)
+        parser.exit(130, f"{parser.prog}: interrupted: run it again\n")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_interrupt_is_one_line_and_the_next_run_completes(folder, script, monkey
         with pytest.raises(SystemExit) as stop:
             script.main()
     out, err = capsys.readouterr()
-    assert stop.value.code == 130 and not out and err == "preprocess_tinyimagenet: interrupted: run it again\n"
+    assert stop.value.code == 130 and not out and err == "preprocess_tinyimagenet.py: interrupted: run it again\n"
     script.main()
     assert tree(folder / "val_sorted") == EXPECTED
 

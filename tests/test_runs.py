@@ -496,7 +496,7 @@ def test_evaluate_tests_the_best_weights_and_writes_nothing(whole_teacher, capsy
     assert top1 == round(max(line["test/top1"] for line in log_lines(whole_teacher)), 2)
     assert before == {path.name: path.stat().st_mtime_ns for path in whole_teacher.iterdir()}
     assert status("train_teacher_cifar", *TEACHER, "--checkpoint-dir", tmp_path, "--evaluate") == 2
-    assert "no such file" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "nothing has been trained in" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_log_holds_every_term_and_every_heads_accuracy(whole_teacher):

@@ -220,7 +220,7 @@ def test_heads_of_no_known_number_of_rotations(tmp_path):
 def test_teacher_of_the_wrong_kind(tmp_path):
     args = argparse.Namespace(tarch="resnet8_aux", tcheckpoint=tmp_path / "a.pth", method="hsakd", dataset="digits", net=1)
     for state, said in (
-        (numbered_state(on_meta("resnet8_aux", 10, 1)), "hsakd needs 4"),
+        (numbered_state(on_meta("resnet8_aux", 10, 1)), "4 rotations apart, not 1"),
         (numbered_state(on_meta("resnet8", 10)), "missing: "),
         (numbered_state(on_meta("resnet8_aux", 7)), "a teacher of 7 classes, but digits has 10"),
     ):
