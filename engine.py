@@ -136,7 +136,7 @@ class Run:
         )
         with contextlib.closing(batches.epoch(epoch, self.step_in_epoch)) as left:
             for images, labels in left:
-                rate = utils.learning_rate(args, epoch, self.step_in_epoch / len(batches))
+                rate = utils.learning_rate(args, epoch, (self.step_in_epoch + 1) / len(batches))
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
                 with stop.reaches_the_compiler() if args.compile else contextlib.nullcontext():

@@ -44,7 +44,10 @@ def seed_all(seed):
 
 
 def learning_rate(args, epoch, progress=0.0):
-    """Return the rate at `epoch` (from 0) plus `progress` in [0, 1): linear warm-up, then x0.1 at each milestone."""
+    """Return the rate at `epoch` (from 0), a share `progress` of it done: linear warm-up, then x0.1 at each milestone.
+
+    A step counts as done, so that the first one of a warm-up has a rate above 0.
+    """
     if epoch < args.warmup_epoch:
         return args.init_lr * (epoch + progress) / args.warmup_epoch
     return args.init_lr * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)

@@ -531,6 +531,11 @@ def test_schedule():
     assert utils.learning_rate(args, 1, 0.5) == pytest.approx(0.075)
 
 
+def test_warm_up_ends_with_its_last_step(whole_teacher):
+    """The rate of an epoch's last step is logged; the first step's is above 0, or it would teach nothing."""
+    assert [line["lr"] for line in log_lines(whole_teacher)] == pytest.approx([0.05, 0.05, 0.005])
+
+
 def test_frozen_backbone_is_the_pretrained_one_to_the_bit_after_training(tmp_path):
     weights = save_teacher(tmp_path / "backbone.pth", "resnet8")
     argv = [*QUICK, "--epochs", "2", "--milestones", "1", "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
