@@ -136,8 +136,8 @@ def collate_encoded(found):
 def on_stream(stream, decoded, *args):
     """Return `decoded(*args)`, images on the GPU first, computed on a `stream` of their own.
 
-    torchvision's decoder does not wait for the current stream before it writes into memory that was freed there, but whose last
-    use may be still to come.
+    torchvision's decoder does not synchronise with the current stream: it could overwrite freed memory that kernels queued
+    there still read.
     """
     current = torch.cuda.current_stream(stream.device)
     with torch.cuda.stream(stream):

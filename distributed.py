@@ -62,7 +62,7 @@ def setup(args):
         raise UserError(f"--gpu-id {args.gpu_id}: one process uses one GPU; several train with --multiprocessing-distributed")
     if getattr(args, "sync_bn", False):
         if size == 1:
-            print("--sync-bn: of one process, its own statistics are all", file=sys.stderr, flush=True)
+            print("--sync-bn has no effect in a single process", file=sys.stderr, flush=True)
         elif device.type == "cpu":
             raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
     if launcher.is_torchrun():
@@ -91,7 +91,7 @@ def check_environment(args):
 
 def join(chosen, device):
     """Join the process group; where torchrun may restart it, under keys that the dead processes have not written."""
-    # Its functions' defaults keep the group that there is when it is imported, past `leave`.
+    # Imported before there is a group: its functions' default arguments would keep the group alive after `leave`.
     from torch.distributed import nn  # noqa: F401
 
     told = os.environ
@@ -219,8 +219,8 @@ def sum_over_ranks(tensor):
 def average_in_rank_order(size, bucket):
     """Return a future of a DistributedDataParallel bucket's gradients averaged over `size` ranks, added in their order.
 
-    gloo's own sum has an order by a value's place in the bucket, and the buckets of a process's first step are not those
-    of its later ones: of three ranks a resumed run would not be, to the bit, the one that went through.
+    gloo's own order of summation depends on a value's place in its bucket, and the buckets change after a process's first
+    step: with three ranks or more a resumed run would not match the uninterrupted one to the bit.
     """
     parts = [torch.empty_like(bucket.buffer()) for _ in range(size)]
     gathered = dist.all_gather(parts, bucket.buffer(), async_op=True)

@@ -176,7 +176,7 @@ class Run:
                 means = evaluate(self.model, batches, self.world.device, self.precision, heads)
                 record.update({f"{name}/{key}": value for key, value in means.items()})
         chosen_on = "test" if self.data.val is None else "val"
-        # The later of two equal epochs: on a frozen backbone all are, and its classifiers learn on.
+        # Ties go to the later epoch: with a frozen backbone all epochs tie, while the heads keep improving.
         if record[f"{chosen_on}/top1"] >= self.best["acc"]:
             self.best = {"acc": record[f"{chosen_on}/top1"], "epoch": epoch + 1, "net": record.get(f"{chosen_on}/net")}
             self.best["test"] = record["test/top1"]

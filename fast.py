@@ -1,5 +1,5 @@
-"""What makes a training step cheaper, the same function up to rounding: memory kept, the teacher in inference form, layers
-that a CPU does not know well, compilation."""
+"""Speed-ups that change results by rounding alone: freed memory is kept, the teacher gets an inference copy, convolutions that
+are slow in a CPU's bfloat16 stay in float32, the step is compiled."""
 
 import copy
 import ctypes
@@ -34,7 +34,7 @@ def foldable(network, images):
     """Return (convolution's name, BatchNorm's name) for each convolution whose output one BatchNorm alone takes.
 
     Found by watching one forward pass of `images`: names cannot tell, since in the thinnest WRNs the stem's output
-    also goes past the BatchNorm.
+    also goes past the BatchNorm, and torch.fx does not trace networks that branch on a tensor's shape or layout.
     """
     produced, pairs, hooks = {}, [], []
 

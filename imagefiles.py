@@ -121,7 +121,7 @@ class FileBatches:
         )
 
     def close(self):
-        """End the workers. Left to a process group's end or the interpreter's, each holds it up for ten seconds."""
+        """End the workers, each of which would else delay the end of the process group or the interpreter by ten seconds."""
         self.leaving.value = 1
         self.loader = None
 

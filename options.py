@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def checked(kind, expected, accepts):
-    """Return a parser of `kind` (int or float) for values that `accepts` says yes to; others are told what is `expected`."""
+    """Return a parser of `kind` (int or float) of values that `accepts` is true of; its error names what is `expected`."""
 
     def parse(text):
         try:

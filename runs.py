@@ -60,7 +60,7 @@ class RunFolder:
         self.lock = None
 
     def is_of(self, launch):
-        """Return whether `launch`, a name, is of those that claimed the folder last."""
+        """Return whether the launch of this name was among the last to claim the folder."""
         with suppress(OSError):
             return launch in (self.path / ".lock").read_text(errors="replace").splitlines()
         return False

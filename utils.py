@@ -27,7 +27,7 @@ class UserError(Exception):
 
 
 def is_first_process():
-    """Return whether no launcher has started this process or it is the launcher's first: known before it joins the others."""
+    """Return whether this is rank 0 or a process without a launcher; known before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -94,7 +94,7 @@ def read_checkpoint(path):
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        # Torch tells the number of the instruction.
+        # PyTorch's message gives the number of an opcode, no more.
         reason = re.sub(r"^Unsupported operand.*", "damaged, or no checkpoint that torch.save wrote", first_line(error))
         raise UserError(f"{path}: not a checkpoint that loads safely ({reason})") from None
     except PermissionError as error:
@@ -144,7 +144,7 @@ def check_values(state, path):
 def part_of(state, wanted, net=1):
     """Return the part of `state` that has a network's keys `wanted`: all of it, one network of a pair, or a backbone.
 
-    Keys beside the part stay, as such that do not fit, unless they belong to the rest of an auxiliary network or a pair.
+    Other keys stay, to be reported as unexpected, unless they belong to the rest of an auxiliary network or a pair.
     """
     for prefix in ("", f"net{net}.", "backbone.", f"net{net}.backbone."):
         part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
@@ -264,7 +264,7 @@ def replacing(path, mode="wb"):
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             os.remove(temporary)
-        # Of a full disk torch's writer tells no more than where it stands.
+        # On a full disk torch.save reports a position in the file alone.
         told = getattr(error, "strerror", None) or f"{first_line(error)}; is the disk full?"
         raise UserError(f"cannot write {path}: {told}") from None
 

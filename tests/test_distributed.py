@@ -178,7 +178,7 @@ def test_sync_bn_keeps_weights_and_keys(monkeypatch):
 
 def test_sync_bn_of_one_process_or_on_the_cpu_is_told(monkeypatch, capsys):
     args = SimpleNamespace(gpu_id=None, sync_bn=True)
-    assert distributed.setup(args) == WORLD and "--sync-bn: of one process" in capsys.readouterr().err
+    assert distributed.setup(args) == WORLD and "--sync-bn has no effect in a single process" in capsys.readouterr().err
     told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     monkeypatch.setattr(os, "environ", os.environ | told)
     with pytest.raises(utils.UserError, match="--sync-bn needs GPUs"):
