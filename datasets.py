@@ -23,7 +23,7 @@ ARCHIVES = {"cifar100": CIFAR100_STATISTICS, "cifar10": CIFAR10_STATISTICS, "stl
 DIGITS_STATISTICS = ((0.3054,) * 3, (0.3237,) * 3)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # torchvision's, and GIF
 SMALLEST, LARGEST_IN_MEMORY = 8, 96  # pixels a side
-STRIP = 1000  # an image so many times as long as it is wide would be huge, once its short side is resized
+LONGEST = 1000  # an image so many times as long as it is wide would be huge, once its short side is resized
 
 
 @dataclass
@@ -153,7 +153,7 @@ def to_rgb(image):
 
 def check_sides(path, *sides):
     """Raise UserError where the image at `path` is such a strip that it cannot be resized."""
-    if max(sides) > STRIP * min(sides):
+    if max(sides) > LONGEST * min(sides):
         raise UserError(f"unreadable image {path} (a strip of {min(sides)} by {max(sides)} pixels)")
 
 

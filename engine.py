@@ -201,7 +201,7 @@ def start(run):
     # After a failure torchrun starts the processes again, without --resume.
     here = launcher.name()
     launches, restarts, claimed = zip(
-        *distributed.gather_objects((here, launcher.restarts(), run.folder.is_of(here))), strict=True
+        *distributed.gather_objects((here, launcher.restarts(), run.folder.was_claimed_by(here))), strict=True
     )
     args.resume = args.resume or (any(restarts) and any(claimed))
     if run.world.is_main:

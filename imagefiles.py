@@ -59,7 +59,7 @@ def find(root, train):
     return FileSet(np.array([os.fsencode(path) for path in paths]), torch.tensor(labels), names)
 
 
-def stay(leaving, _):
+def outlive_signals(leaving, _):
     """Let a worker outlive the signals that a scheduler sends to all processes: training saves itself, then ends it.
 
     Where training is killed it ends at once: it holds the lock of the run folder, which a resumed run waits for.
@@ -114,7 +114,7 @@ class FileBatches:
             num_workers=workers,
             collate_fn=decoding.collate_encoded if encoded else decoding.collate,
             pin_memory=world.device.type == "cuda" and not encoded,
-            worker_init_fn=partial(stay, self.leaving),
+            worker_init_fn=partial(outlive_signals, self.leaving),
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
             generator=torch.Generator(),

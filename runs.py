@@ -59,7 +59,7 @@ class RunFolder:
         self.settings = {"script": script, **vars(args)}
         self.lock = None
 
-    def is_of(self, launch):
+    def was_claimed_by(self, launch):
         """Return whether the launch of this name was among the last to claim the folder."""
         with suppress(OSError):
             return launch in (self.path / ".lock").read_text(errors="replace").splitlines()
@@ -232,6 +232,13 @@ def check_same_run(run, content):
         raise utils.UserError(f"--resume: the run in {run.folder.path} has a teacher of other weights: use --tag")
 
 
+def whole(value, most):
+    """Return `value`; ValueError unless it is a whole number from 0 to `most`."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{value} is no whole number from 0 to {most}")
+    return value
+
+
 def restore(run):
     """Bring an engine.Run to where its folder's last checkpoint stands; UserError where that is another run's."""
     try:
@@ -249,8 +256,8 @@ def restore(run):
         run.scaler.load_state_dict(content["scaler"])
         saved = content["objective"]
         run.objective.load_state_dict(saved[run.world.rank % len(saved)])
-        run.epoch = range(2**31).index(content["order"]["epoch"])
-        run.step_in_epoch = range(len(run.data.train) + 1).index(content["order"]["step"])
+        run.epoch = whole(content["order"]["epoch"], sys.maxsize)
+        run.step_in_epoch = whole(content["order"]["step"], len(run.data.train))
         run.totals.load_state_dict(content["totals"], run.world.is_main)
         run.best, run.last_accuracy = {**content["best"]}, content["acc"]
         torch.set_rng_state(content["rng"]["torch"])

@@ -407,7 +407,7 @@ def test_logs_and_settings_that_another_program_wrote(tmp_path):
     with pytest.raises(utils.UserError, match="args.json is missing or unreadable"):
         folder.written_settings()
     (folder.path / ".lock").write_bytes(b"\xff")
-    assert not folder.is_of("here 1")
+    assert not folder.was_claimed_by("here 1")
 
 
 def test_a_full_gpu_is_not_told_as_a_foreign_checkpoint():
