@@ -216,6 +216,15 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def gather_rows(tensor):
+    """Return the rows of all processes' `tensor`, of one shape in each, joined in rank order."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
 def average_in_rank_order(size, bucket):
     """Return a future of a DistributedDataParallel bucket's gradients averaged over `size` ranks, added in their order.
 

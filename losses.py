@@ -8,6 +8,7 @@ B images, N classes, M rotations, L auxiliary heads; the joint label of class y 
 import torch
 import torch.nn.functional as F
 
+from distributed import gather_rows
 from objective import Objective, check_heads, check_pair, predictions, ramp, split_outputs, sum_terms, unwrap
 
 # Logit of an excluded class: finite, so that 0 * (masked - masked) is 0 where -inf would give NaN.
@@ -218,8 +219,7 @@ class DKDLoss(Objective):
 class DPCDLoss(Objective):
     """DPCD: class loss of all heads, a dynamically weighted DKD to the teacher, and CED from shallow to deep heads.
 
-    The running state stays on the device: no step waits for the host. In distributed training each rank keeps the
-    statistics of its own batches.
+    The running state stays on the device: no step waits for the host. It is of whole batches, the same in every process.
     """
 
     def __init__(
@@ -268,8 +268,11 @@ class DPCDLoss(Objective):
 
     @torch.no_grad()
     def weights(self, teacher_logits, labels):
-        """Weights (alpha, beta) of TCKD and NCKD, after adding a batch's teacher logits (B, N) to the running state."""
-        confidence = log_two_way(teacher_logits, labels, 1.0)[:, 0].exp()
+        """Weights (alpha, beta) of TCKD and NCKD, after adding a batch's teacher logits (B, N) to the running state.
+
+        In distributed training every process calls it with its part of the batch.
+        """
+        confidence = gather_rows(log_two_way(teacher_logits, labels, 1.0)[:, 0].exp())
         if self.state["count"].device != confidence.device:
             self.to(confidence.device)
         c_bar, history, count = self.state["c_bar"], self.state["history"], self.state["count"]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import distributed
 import utils
 from objective import unwrap
 from precision import TYPES, type_name
@@ -177,7 +176,6 @@ class RunLog:
 
 def checkpoint_of(run):
     """Return everything that the checkpoint of an engine.Run holds, in the first process; the others take part."""
-    objective = distributed.gather_objects(utils.to_cpu(run.objective.state_dict()))
     totals = run.totals.state_dict() if run.step_in_epoch else {}
     if not run.world.is_main:
         return None
@@ -199,7 +197,7 @@ def checkpoint_of(run):
             "versions": utils.versions(),
             "rng": {"torch": torch.get_rng_state()},
             "order": {"seed": run.args.manual_seed, "epoch": run.epoch, "step": run.step_in_epoch},
-            "objective": objective,
+            "objective": run.objective.state_dict(),
             "teacher_digest": run.teacher_digest,
             "totals": totals,
             "scaler": run.scaler.state_dict(),
@@ -254,8 +252,7 @@ def restore(run):
         if any(state["momentum_buffer"].shape != parameter.shape for parameter, state in run.optimizer.state.items()):
             raise ValueError("momentum of another shape")  # a fused step would read beyond it
         run.scaler.load_state_dict(content["scaler"])
-        saved = content["objective"]
-        run.objective.load_state_dict(saved[run.world.rank % len(saved)])
+        run.objective.load_state_dict(content["objective"])
         run.epoch = whole(content["order"]["epoch"], sys.maxsize)
         run.step_in_epoch = whole(content["order"]["step"], len(run.data.train))
         run.totals.load_state_dict(content["totals"], run.world.is_main)

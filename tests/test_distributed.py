@@ -28,7 +28,7 @@ import models
 import torchrun
 import train_teacher_cifar
 import utils
-from losses import TeacherLoss
+from losses import DPCDLoss, TeacherLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -102,6 +102,32 @@ def test_averaged_gradients_of_two_ranks(tmp_path):
     for name, value in first.items():
         assert torch.equal(found[0][name], found[1][name])
         torch.testing.assert_close(found[0][name], (value + second[name]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def dpcd_batches():
+    """Return three batches of teacher logits (2, 4, N) and labels (2, 4), a half for each of two ranks."""
+    draw = torch.Generator().manual_seed(2)
+    return [(torch.randn(2, 4, 10, generator=draw) * 3, torch.randint(0, 10, (2, 4), generator=draw)) for _ in range(3)]
+
+
+def rank_confidence(rank, folder):
+    """Save DPCD's weights of three batches and its running state."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    objective = DPCDLoss(None, history=18)
+    weights = [objective.weights(logits[rank], labels[rank]) for logits, labels in dpcd_batches()]
+    torch.save((weights, objective.state_dict()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_dpcds_running_confidence_is_of_whole_batches(tmp_path):
+    """Two ranks weight as one process does, before and after the history is full."""
+    mp.spawn(rank_confidence, (str(tmp_path),), nprocs=2)
+    objective = DPCDLoss(None, history=18)
+    weights = [objective.weights(logits.flatten(0, 1), labels.flatten()) for logits, labels in dpcd_batches()]
+    for rank in (0, 1):
+        found_weights, found_state = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found_weights, weights)
+        torch.testing.assert_close(found_state, objective.state_dict())
 
 
 def rank_wrapped_anew(rank, folder):

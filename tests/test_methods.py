@@ -99,8 +99,8 @@ def test_every_method_trains_is_saved_and_resumes(tmp_path, teacher, capsys, met
     assert {name for name in terms if not name.endswith(("top1", "_joint", "_class"))} == {*TERMS[method], "loss"}
     first, second = (utils.read_checkpoint(folder / f"{arch}.pth.tar") for folder in folders)
     assert all(torch.equal(value, second["net"][key]) for key, value in first["net"].items())
-    assert first["method"] == method and bool(first["objective"][0]) == (method == "dpcd")
-    assert all(torch.equal(value, second["objective"][0][key]) for key, value in first["objective"][0].items())
+    assert first["method"] == method and bool(first["objective"]) == (method == "dpcd")
+    assert all(torch.equal(value, second["objective"][key]) for key, value in first["objective"].items())
     result = measure(capsys, "--arch", arch, "--student-weights", folders[0] / f"{arch}.pth.tar")
     assert result["method"] == method
     rotations = utils.weights_layout(folders[0] / f"{arch}.pth.tar")[1]

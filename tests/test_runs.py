@@ -129,7 +129,7 @@ def test_dpcd_resumes_to_the_bit_with_its_running_state(tmp_path, monkeypatch):
     interrupt(monkeypatch, "train_student_cifar", interrupted, epoch=1, step=1)
     folder = tmp_path / "interrupted" / STUDENT_RUN
     middle = checkpoint(folder)
-    assert middle["order"] == {"seed": 0, "epoch": 1, "step": 1} and middle["objective"][0]["count"] == 12
+    assert middle["order"] == {"seed": 0, "epoch": 1, "step": 1} and middle["objective"]["count"] == 12
     # And once more, between the last step of an epoch and its test.
     interrupt(monkeypatch, "train_student_cifar", [*interrupted, "--resume"], epoch=-1, step=2)
     assert checkpoint(folder)["order"]["step"] == 2
