@@ -50,7 +50,7 @@ def parse_args(argv=None):
     parser = options.training_parser(__file__, __doc__, "mobilenetV2", "stl10", epochs=100, milestones=(30, 60, 90))
     parser.set_defaults(init_lr=0.1, weight_decay=0.0)
     parser.add_argument("--s-path", type=options.path, required=True, help="weights of the backbone, or of a whole network")
-    options.add_net(parser, "--s-path")
+    options.add_net(parser.add_argument, "--s-path")
     args = options.finish(parser, argv)
     # Neither auxiliary classifiers nor the other network of a pair have a part in this.
     args.arch = models.backbone_name(args.arch)

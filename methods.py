@@ -44,7 +44,7 @@ def add_arguments(parser, tarch="wrn_40_2_aux"):
     number = options.not_negative
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", type=options.path, required=True, help="trained weights of the teacher")
-    options.add_net(parser, "--tcheckpoint")
+    options.add_net(add, "--tcheckpoint")
     add("--method", choices=list(METHODS), default="hsakd", help="what the student learns from the teacher")
     add("--kd_T", type=options.above_zero, help="temperature; default 3 for hsakd and dpcd, 4 for kd and dkd (1 on ImageNet)")
     add("--ce-weight", type=number, help="kd: weight of the cross-entropy (0.1)")

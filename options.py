@@ -111,12 +111,8 @@ def base_parser(script, description, arch, dataset_name="cifar100"):
     add("--dataset", type=dataset, default=dataset_name, help=", ".join(DATASETS))
     add("--batch-size", type=positive, default=64, help="images a step, over all processes")
     add("--limit-batches", type=positive, help="quick trials: stop every pass after so many batches")
-    add(
-        "--num-workers",
-        type=natural,
-        default=min(4, utils.available_cores()),
-        help="threads or processes a process reads with",
-    )
+    readers = min(4, utils.available_cores())
+    add("--num-workers", type=natural, default=readers, help="threads (imagenet: processes) that read for each process")
     add("--decode", choices=["cpu", "device"], default="cpu", help="imagenet: where JPEG files are decoded")
     add("--skip-bad-images", action="store_true", help="imagenet: go on without unreadable images, and name them")
     add = parser.add_argument_group("network and device").add_argument
@@ -165,9 +161,9 @@ def add_temperature(parser):
     parser.add_argument("--kd_T", type=above_zero, default=3.0, help="temperature of the KL terms")
 
 
-def add_net(parser, weights):
-    """Add which network is meant where the file of the flag `weights` is a mutual pair's."""
-    parser.add_argument("--net", type=int, choices=[1, 2], default=1, help=f"network of a mutual pair's {weights}")
+def add_net(add, weights):
+    """Add, by a parser's or a group's `add_argument`, the network meant where the file of the flag `weights` is a pair's."""
+    add("--net", type=int, choices=[1, 2], default=1, help=f"network of a mutual pair's {weights}")
 
 
 def add_few_ratio(parser, default=None):
@@ -177,11 +173,10 @@ def add_few_ratio(parser, default=None):
 
 def add_freezing(parser):
     """Add the flags of a teacher script: its heads, and whether they alone train, on a backbone that stays as it is."""
-    parser.add_argument("--pretrained-backbone", type=path, help="weights of the backbone to start from")
-    parser.add_argument("--rotations", type=int, choices=[1, 4], default=4, help="views a head tells apart (DPCD: 1)")
-    parser.add_argument(
-        "--freezed", action="store_true", help="keep the backbone as it is (CIFAR: 100 epochs, x0.1 at 30/60/90)"
-    )
+    add = parser.add_argument_group("teacher").add_argument
+    add("--pretrained-backbone", type=path, help="weights of the backbone to start from")
+    add("--rotations", type=int, choices=[1, 4], default=4, help="views a head tells apart (DPCD: 1)")
+    add("--freezed", action="store_true", help="keep the backbone as it is (CIFAR: 100 epochs, x0.1 at 30/60/90)")
 
 
 def imagenet_parser(script, description, arch):

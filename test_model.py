@@ -26,7 +26,7 @@ def parse_args(argv=None):
     parser.set_defaults(amp="off")
     add = parser.add_argument
     add("--student-weights", type=options.path, required=True, help="weights to test")
-    options.add_net(parser, "--student-weights")
+    options.add_net(add, "--student-weights")
     add("--export-backbone", type=options.path, metavar="FILE", help="write the backbone out as a plain checkpoint")
     add("--json", action="store_true", help="print one JSON object")
     args = options.finish(parser, argv)
