@@ -3,7 +3,6 @@
 Folders of the same layout with other contents, such as a subset, are read too; no file's code is executed.
 """
 
-import sys
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pickles import ArrayUnpickler
-from utils import UserError, first_line, is_first_process
+from utils import UserError, first_line, is_first_process, warn
 
 MAKERS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # torchvision's classes
 
@@ -82,8 +81,7 @@ def warn_of_other_contents(folder, sums):
     from torchvision.datasets.utils import check_integrity
 
     if is_first_process() and not all(check_integrity(folder / name, md5) for name, md5 in sums.items()):
-        told = f"warning: {folder} is not the published archive (checksums differ): read as it is"
-        print(told, file=sys.stderr, flush=True)
+        warn(f"warning: {folder} is not the published archive (checksums differ): read as it is")
 
 
 def text(value):

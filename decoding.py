@@ -1,7 +1,6 @@
 """From an image file to what a network sees of it: decoded, on the CPU or the GPU, and transformed by a seed of its own."""
 
 import os
-import sys
 from contextlib import suppress
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import datasets
-from utils import UserError, first_line
+from utils import UserError, first_line, warn
 
 try:
     from torchvision.io import decode_jpeg, encode_jpeg
@@ -105,8 +104,7 @@ class EncodedImages(Images):
             if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("CUDA error"):
                 raise
             if not self.told:
-                told = f"--decode device: batches with files that it cannot read are read on the CPU ({first_line(error)})"
-                print(told, file=sys.stderr, flush=True)
+                warn(f"--decode device: batches with files that it cannot read are read on the CPU ({first_line(error)})")
                 self.told = True
             found = [super(EncodedImages, self).__getitem__(item) for item in items]
             return collate([(None if image is None else image.to(device), *rest) for image, *rest in found])

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import torchrun
-from utils import UserError, first_line, is_first_process, one_line
+from utils import UserError, first_line, is_first_process, warn
 
 TIMEOUT = timedelta(minutes=30)  # of a collective, such as the others' wait for the first one's download
 GRACE = 5  # seconds a process leaves the launcher to end it, before it tells what another has told already
@@ -57,12 +57,12 @@ def setup(args):
     device = pick_device(args.gpu_id, int(os.environ.get("LOCAL_RANK", 0)))
     world = World(rank, size, device)
     if world.is_main and device.type == "cpu":
-        print("no GPU found: running on the CPU", file=sys.stderr, flush=True)
+        warn("no GPU found: running on the CPU")
     elif world.is_main and torchrun.gpu_count(args.gpu_id) > size:
         raise UserError(f"--gpu-id {args.gpu_id}: one process uses one GPU; several train with --multiprocessing-distributed")
     if getattr(args, "sync_bn", False):
         if size == 1:
-            print("--sync-bn has no effect in a single process", file=sys.stderr, flush=True)
+            warn("--sync-bn has no effect in a single process")
         elif device.type == "cpu":
             raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
     if launcher.is_torchrun():
@@ -79,13 +79,14 @@ def check_environment(args):
         if getattr(args, "world_size", 1) > 1 or getattr(args, "rank", 0):
             raise UserError("--world-size and --rank need --multiprocessing-distributed")
         return
-    told = {"LOCAL_RANK": "0", **os.environ}
+    environment = {"LOCAL_RANK": "0", **os.environ}
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    rank, size, local_rank, port = (int(told[name]) if told.get(name, "").isdecimal() else -1 for name in names)
-    possible = (rank >= 0, size > rank, local_rank >= 0, 0 < port < 2**16, told.get("MASTER_ADDR"))
+    texts = [environment.get(name, "") for name in names]
+    rank, size, local_rank, port = (int(text) if text.isdecimal() else -1 for text in texts)
+    possible = (rank >= 0, size > rank, local_rank >= 0, 0 < port < 2**16, environment.get("MASTER_ADDR"))
     for name, fits in zip((*names, "MASTER_ADDR"), possible, strict=True):
         if not fits:
-            value = told.get(name, "")
+            value = environment.get(name, "")
             raise UserError(f"RANK is set, so this is one process of several, but {name} is {value!r}: start it by torchrun")
 
 
@@ -94,14 +95,14 @@ def join(chosen, device):
     # Imported before there is a group: its functions' default arguments would keep the group alive after `leave`.
     from torch.distributed import nn  # noqa: F401
 
-    told = os.environ
-    if told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or told.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+    environment = os.environ
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or environment.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         dist.init_process_group(chosen, timeout=TIMEOUT, device_id=device)
         return
-    rank, size = int(told["RANK"]), int(told["WORLD_SIZE"])
-    store = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), is_master=False)
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
     # Each machine counts the restarts that its own processes caused: of several, every rank counts its starts.
-    one_machine = told["LOCAL_WORLD_SIZE"] == told["WORLD_SIZE"]
+    one_machine = environment["LOCAL_WORLD_SIZE"] == environment["WORLD_SIZE"]
     start = launcher.restarts() if one_machine else store.add(f"starts of {rank}", 1)
     store = dist.PrefixStore(f"start {start}", store)
     dist.init_process_group(chosen, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device)
@@ -112,7 +113,7 @@ def backend(asked, world):
     if world.device.type == "cuda":
         return asked or "nccl"
     if asked == "nccl" and world.is_main:
-        print("--dist-backend nccl needs GPUs: using gloo", file=sys.stderr, flush=True)
+        warn("--dist-backend nccl needs GPUs: using gloo")
     return "gloo"
 
 
@@ -139,12 +140,12 @@ def run(parse_args, main):
             os._exit(130)
         fail("interrupted", 130)
     except (MemoryError, RuntimeError, OSError) as error:
-        told = machines_fault(error)
-        if not told and lost_peer(error):
+        fault = machines_fault(error)
+        if not fault and lost_peer(error):
             fail("another process of this run has ended", 1, wait=True)
-        if not told:
+        if not fault:
             raise
-        fail(*told)
+        fail(*fault)
     leave()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # all is done: what a scheduler asks for now must not kill
         signal.signal(number, signal.SIG_IGN)
@@ -194,7 +195,7 @@ def fail(text, status, wait=False):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE)
     if not (wait and launcher.is_torchrun()):  # it tells which process ended
-        print(f"{os.path.basename(sys.argv[0])}: error: {one_line(text)}", file=sys.stderr, flush=True)
+        warn(f"{os.path.basename(sys.argv[0])}: error: {text}")
     if dist.is_initialized():
         sys.stdout.flush()
         os._exit(status)  # an orderly end would wait for the other processes

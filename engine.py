@@ -104,8 +104,8 @@ class Run:
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            told = f"{self.args.arch} cannot train on a batch of {count} image of this size: its BatchNorm needs more than"
-            raise utils.UserError(f"{told} one value a channel; take another --batch-size") from None
+            problem = f"{self.args.arch} cannot train on a batch of {count} image of this size: its BatchNorm needs more than"
+            raise utils.UserError(f"{problem} one value a channel; take another --batch-size") from None
 
     def step(self, images, labels, epoch):
         """Take one optimizer step on a batch, computed in `--accumulate` parts."""
@@ -290,6 +290,6 @@ def report_best(run):
     if run.args.amp == "auto":
         run.precision = TYPES.get(content.get("precision"), run.precision)
     means = evaluate(run.model, run.data.test, run.world.device, run.precision, heads=True)
-    told = (f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in means.items())
-    say(run, f"{path}, {type_name(run.precision)}: {', '.join(told)}")
+    listed = (f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in means.items())
+    say(run, f"{path}, {type_name(run.precision)}: {', '.join(listed)}")
     return means

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ import datasets
 import decoding
 import distributed
 import launcher
-from utils import UserError
+from utils import UserError, warn
 
 TEST_RESIZE = 256
 PREFETCH = 2  # batches that each worker reads ahead
@@ -74,8 +73,8 @@ def check_shared_memory(size):
     with contextlib.suppress(OSError):  # elsewhere than on Linux it is not there
         free = shutil.disk_usage("/dev/shm").free
         if free < size:
-            told = f"/dev/shm has {free / 2**20:.0f} MiB left, {size / 2**20:.0f} are needed for the batches of the workers"
-            raise UserError(f"{told}: fewer --num-workers, or a larger one (docker run --shm-size)")
+            lacking = f"/dev/shm has {free / 2**20:.0f} MiB left, {size / 2**20:.0f} are needed for the batches of the workers"
+            raise UserError(f"{lacking}: fewer --num-workers, or a larger one (docker run --shm-size)")
 
 
 class Plan:
@@ -141,7 +140,7 @@ class FileBatches:
                 raise UserError(f"{bad[0]}; --skip-bad-images goes on without it")
             for line in dict.fromkeys(bad):
                 if line not in self.named and len(self.named) < SHOWN:
-                    print(f"skipped: {line}", file=sys.stderr, flush=True)
+                    warn(f"skipped: {line}")
                     self.named.add(line)
             met.update(bad)
             if len(labels):
@@ -154,7 +153,7 @@ class FileBatches:
             if skipped and not seen:
                 raise UserError(f"{min(met, default='unreadable images')}; nor is any other image of this pass readable")
             if skipped != self.skipped and self.world.is_main:
-                print(f"skipped {skipped} unreadable images", file=sys.stderr, flush=True)
+                warn(f"skipped {skipped} unreadable images")
             self.skipped = skipped
 
 

@@ -1,6 +1,5 @@
 """From the command line's data set to batches: what is read, what is held out, and where it lives."""
 
-import sys
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ import batches
 import datasets
 import distributed
 from augment import CropFlip, resized
-from utils import UserError, class_digest
+from utils import UserError, class_digest, warn
 
 
 class Data(NamedTuple):
@@ -43,7 +42,7 @@ def load(args, world, augmentation=crop_flip, test_size=None):
     train_set, test_set = read(args, world, train=True), read(args, world, train=False)
     datasets.check_classes(test_set.classes, train_set.classes, "the test set", "the training set")
     if len(train_set.classes) == 1 and world.is_main:
-        print(f"warning: --data {args.data}: one class alone, {train_set.classes[0]}", file=sys.stderr, flush=True)
+        warn(f"warning: --data {args.data}: one class alone, {train_set.classes[0]}")
     train_set, held_out = split(train_set, args, world)
     if isinstance(train_set, datasets.ImageSet):
         augment = augmentation(train_set)

@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Print `message` as one line, from the first process of a machine, and exit with status 2."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{self.prog}: error: {utils.one_line(message)}", file=sys.stderr)
+            utils.warn(f"{self.prog}: error: {message}")
         sys.exit(2)
 
 

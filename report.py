@@ -15,6 +15,7 @@ import options
 import published
 from published import is_joint, read_json, source_args
 from runs import FREE_ARGUMENTS, read_log
+from utils import warn
 
 COLUMNS = [
     *("script", "network", "method", "data set", "settings", "epochs", "seeds"),
@@ -55,12 +56,12 @@ def find_runs(folders):
     for folder in sorted(found):
         try:
             run = Run(folder, read_json(folder / "args.json"), read_log(folder / "log.jsonl"))
-            _ = run.finished
+            int(run.args.get("epochs") or 1)
             if not all(text.isprintable() for text in label_of(run.args)):
-                raise ValueError("not a line's text")
+                raise ValueError("texts that would break the table")
             runs.append(run)
         except (AttributeError, TypeError, ValueError, OverflowError):
-            print(f"report: {folder} has no readable args.json: left out", file=sys.stderr)
+            warn(f"report: {folder} has no readable args.json: left out")
     return runs
 
 

@@ -150,8 +150,8 @@ class RunLog:
         self.path = folder.log
         kept = [entry for entry in read_log(self.path) if entry["epoch"] <= epochs_done]
         if len(kept) < epochs_done:
-            told = f"warning: {self.path}: {epochs_done - len(kept)} of the {epochs_done} epochs trained so far are missing"
-            print(told, file=sys.stderr, flush=True)
+            missing = epochs_done - len(kept)
+            utils.warn(f"warning: {self.path}: {missing} of the {epochs_done} epochs trained so far are missing")
         with utils.replacing(self.path, "w") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in kept)
         try:
@@ -215,8 +215,8 @@ def its_own(path):
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
-        told = f"{path}: no checkpoint of this project to resume from ({utils.first_line(error)})"
-        raise utils.UserError(told) from None
+        reason = utils.first_line(error)
+        raise utils.UserError(f"{path}: no checkpoint of this project to resume from ({reason})") from None
 
 
 def check_same_run(run, content):
@@ -224,8 +224,8 @@ def check_same_run(run, content):
     if isinstance(content.get("args"), dict):
         run.folder.check_settings(content["args"])
     if content.get("data", run.data.about) != run.data.about:
-        told = f"--resume: the run in {run.folder.path} has other training images"
-        raise utils.UserError(f"{told}: {content['data']}, here {run.data.about}")
+        both = f"{content['data']}, here {run.data.about}"
+        raise utils.UserError(f"--resume: the run in {run.folder.path} has other training images: {both}")
     if content.get("teacher_digest") != run.teacher_digest:
         raise utils.UserError(f"--resume: the run in {run.folder.path} has a teacher of other weights: use --tag")
 

@@ -5,14 +5,13 @@ import logging
 import os
 import signal
 import socket
-import sys
 from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
 
 import launcher
-from utils import UserError, available_cores, first_line
+from utils import UserError, available_cores, first_line, warn
 
 
 def gpu_count(gpu_id):
@@ -70,16 +69,16 @@ def relaunch(args, argv):
         for status in (2, 143):
             if status in ended.values():
                 return status
-        told = ", ".join(f"process {rank} ended with status {status}" for rank, status in ended.items())
-        print(f"{os.path.basename(argv[0])}: error: {told}", file=sys.stderr, flush=True)
+        listed = ", ".join(f"process {rank} ended with status {status}" for rank, status in ended.items())
+        warn(f"{os.path.basename(argv[0])}: error: {listed}")
         return 1
     except KeyboardInterrupt:  # the processes tell it
         return 130
     except RuntimeError as error:
         if not isinstance(error, dist.DistNetworkError) and "EADDRINUSE" not in str(error):  # as PyTorch 2.6 tells it
             raise
-        told = "its port is taken" if "EADDRINUSE" in str(error) else f"no connection there ({first_line(error)})"
-        raise UserError(f"--dist-url {args.dist_url}: {told}") from None
+        reason = "its port is taken" if "EADDRINUSE" in str(error) else f"no connection there ({first_line(error)})"
+        raise UserError(f"--dist-url {args.dist_url}: {reason}") from None
     finally:
         del os.environ[launcher.PID]
     return 0

@@ -62,9 +62,9 @@ def first_line(error):
     return text if re.search("[a-zA-Z]", text) else f"{type(error).__name__} {text}".strip()
 
 
-def one_line(text):
-    """Return `text` in one line: the name of a class, a file or a key of foreign weights may have several."""
-    return " ".join(str(text).splitlines())
+def warn(text):
+    """Print `text` on stderr at once, in one line: the name of a class, a file or a key of foreign weights may have several."""
+    print(" ".join(str(text).splitlines()), file=sys.stderr, flush=True)
 
 
 def check_format(path):
@@ -175,8 +175,8 @@ def load_weights(model, path, net=1):
     if wrong or missing or unexpected:
         shapes = [f"{k} {list(state[k].shape)} instead of {list(expected[k].shape)}" for k in wrong]
         parts = [("wrong shape", shapes), ("missing", missing), ("unexpected", unexpected)]
-        told = "; ".join(f"{what}: {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for what, keys in parts if keys)
-        raise UserError(f"{path}: weights do not fit {getattr(model, 'arch', type(model).__name__)}: {told}")
+        listed = "; ".join(f"{what}: {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for what, keys in parts if keys)
+        raise UserError(f"{path}: weights do not fit {getattr(model, 'arch', type(model).__name__)}: {listed}")
     check_arch(model, content, path)
     model.load_state_dict({**{k: v for k, v in expected.items() if k not in state}, **state}, strict=True)
     return content
@@ -199,8 +199,7 @@ def warn_of_other_classes(content, classes, path):
     """Warn, from the first process, where a file of this project says that its outputs mean other classes than `classes`."""
     trained, ours = content.get("data"), class_digest(classes)
     if isinstance(trained, dict) and trained.get("classes", ours) != ours and is_first_process():
-        told = f"warning: {path}: trained on the classes of another data set ({content.get('dataset')}): its outputs mean those"
-        print(told, file=sys.stderr, flush=True)
+        warn(f"warning: {path}: trained on the classes of another data set ({content.get('dataset')}): its outputs mean those")
 
 
 def recorded(content):
@@ -265,8 +264,8 @@ def replacing(path, mode="wb"):
         with suppress(OSError):
             os.remove(temporary)
         # On a full disk torch.save reports a position in the file alone.
-        told = getattr(error, "strerror", None) or f"{first_line(error)}; is the disk full?"
-        raise UserError(f"cannot write {path}: {told}") from None
+        reason = getattr(error, "strerror", None) or f"{first_line(error)}; is the disk full?"
+        raise UserError(f"cannot write {path}: {reason}") from None
 
 
 def save_checkpoint(content, path):

@@ -34,8 +34,8 @@ def run_cell(processes, options):
     command = [*launch, __file__, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if done.returncode:
-        told = next((line for line in done.stderr.splitlines() if "Error" in line), "no error message")
-        print(f"{processes} processes, batch {options['batch_size']}: failed: {told}", file=sys.stderr)
+        reason = next((line for line in done.stderr.splitlines() if "Error" in line), "no error message")
+        print(f"{processes} processes, batch {options['batch_size']}: failed: {reason}", file=sys.stderr)
         return {}
     return json.loads(done.stdout.splitlines()[-1])
 
