@@ -189,7 +189,8 @@ def image_folder(folders, train, workers, statistics, size=None):
     alone = not train and not os.path.isdir(folders[0])
     names, samples = class_folders(test if alone else folders[0])
     if not samples or not (train or class_names(test)):
-        raise UserError(f"no images: put them at {folders[0]}/<class>/* and {' or '.join(folders[1:])}/<class>/*")
+        known = " or ".join(f"{folder}/<class>/*" for folder in folders[1:] if not folder.endswith("val_sorted"))
+        raise UserError(f"no images: put them at {folders[0]}/<class>/* and {known}")
     size = size or image_size([path for path, _ in samples])
     if size < SMALLEST:
         raise UserError(f"{folders[0]}: images of {size} pixels a side; the networks need {SMALLEST} or more")
