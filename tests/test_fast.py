@@ -427,6 +427,17 @@ def gpu_objectives():
     }
 
 
+def simulates_gpus():
+    """Return whether this PyTorch has layers of a GPU without values where there is no driver (2.6 has none)."""
+    try:
+        with FakeTensorMode():
+            nn.Linear(2, 2, device="cuda:0")
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not simulates_gpus(), reason="needs a newer PyTorch, or a GPU")
 @pytest.mark.parametrize("method", gpu_objectives())
 def test_gpu_step_runs_on_tensors_without_values(method):
     """On a simulated GPU batches, forward pass, losses and metrics run, and compile to one graph without tensors of the CPU.
