@@ -116,7 +116,7 @@ def rank_confidence(rank, folder):
     objective = DPCDLoss(None, history=18)
     weights = [objective.weights(logits[rank], labels[rank]) for logits, labels in dpcd_batches()]
     torch.save((weights, objective.state_dict()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    os._exit(0)  # the end of a group that has no more users may hang in PyTorch 2.6
 
 
 def test_dpcds_running_confidence_is_of_whole_batches(tmp_path):
