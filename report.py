@@ -33,9 +33,14 @@ class Run(NamedTuple):
     epochs: list
 
     @property
+    def length(self):
+        """The epochs of its schedule."""
+        return int(self.args.get("epochs") or 1)
+
+    @property
     def finished(self):
         """Whether the last epoch is logged."""
-        return len(self.epochs) >= int(self.args.get("epochs") or 1)
+        return len(self.epochs) >= self.length
 
 
 class Label(NamedTuple):
@@ -56,9 +61,8 @@ def find_runs(folders):
     for folder in sorted(found):
         try:
             run = Run(folder, read_json(folder / "args.json"), read_log(folder / "log.jsonl"))
-            int(run.args.get("epochs") or 1)
-            if not all(text.isprintable() for text in label_of(run.args)):
-                raise ValueError("texts that would break the table")
+            if run.length < 1 or not all(text.isprintable() for text in label_of(run.args)):
+                raise ValueError("no settings of a run here")
             runs.append(run)
         except (AttributeError, TypeError, ValueError, OverflowError):
             warn(f"report: {folder} has no readable args.json: left out")
