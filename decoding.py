@@ -100,7 +100,9 @@ class EncodedImages(Images):
         """Return what `Images` gives for the files' `contents`, decoded on `device` in one call where all are plain JPEG."""
         try:
             images = decode_jpeg(contents, "RGB", device)
-        except RuntimeError as error:  # one of them is no JPEG that the device knows: on the CPU, image by image
+            for image, (index, _) in zip(images, items, strict=True):
+                datasets.check_sides(os.fsdecode(self.files.paths[index]), *image.shape[1:])
+        except (RuntimeError, UserError) as error:  # one is no JPEG that the device knows: on the CPU, image by image
             if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("CUDA error"):
                 raise
             if not self.told:

@@ -189,7 +189,7 @@ def test_decoding_on_the_gpu_waits_for_its_own_stream_alone(monkeypatch):
     images.record_stream.assert_called_once_with(events.current)
 
 
-def test_decoding_a_batch_in_one_call(root, capsys):
+def test_decoding_a_batch_in_one_call(root, tmp_path, capsys):
     """The path of --decode device, on the CPU: the same crops, also where a file needs another decoder."""
     files, flip = imagefiles.find(root, train=True), train(root).images.transform
     items = [(index, (0, 0, index)) for index in range(4)]
@@ -203,6 +203,11 @@ def test_decoding_a_batch_in_one_call(root, capsys):
     for given in (contents, [io.read_file(path.decode()) for path in files.paths[:4]]):
         found = encoded.decoded(given, labels, items, torch.device("cpu"))
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[2] == []
+    strip = io.encode_jpeg(torch.zeros(3, 2, 2001, dtype=torch.uint8))
+    io.write_file(str(tmp_path / "strip.JPEG"), strip)
+    files.paths = np.array([*files.paths[:2], str(tmp_path / "strip.JPEG").encode(), files.paths[3]])
+    found = encoded.decoded([*contents[:2], strip, contents[3]], labels, items, torch.device("cpu"))
+    assert len(found[0]) == 3 and "(a strip of 2 by 2001 pixels)" in found[2][0]
     assert capsys.readouterr().err.count("--decode device: batches with files that it cannot read") == 1
     with pytest.raises(UserError, match="needs a GPU"):
         train(root, "--decode", "device")
