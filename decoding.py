@@ -1,6 +1,7 @@
 """From an image file to what a network sees of it: decoded, on the CPU or the GPU, and transformed by a seed of its own."""
 
 import os
+import re
 from contextlib import suppress
 
 import numpy as np
@@ -19,6 +20,7 @@ except ImportError:  # torchvision has announced that decoding will leave it; PI
 SIZE = 224
 REPLACEMENTS = 100  # images tried in place of an unreadable one
 JPEG = [0xFF, 0xD8, 0xFF]  # how a JPEG file begins
+GPU_FAULT = "CUDA error|Failed to synchronize CUDA|cudaStream"  # how PyTorch's and torchvision's errors of it begin
 
 
 def read_bytes(path):
@@ -103,7 +105,7 @@ class EncodedImages(Images):
             for image, (index, _) in zip(images, items, strict=True):
                 datasets.check_sides(os.fsdecode(self.files.paths[index]), *image.shape[1:])
         except (RuntimeError, UserError) as error:  # one is no JPEG that the device knows: on the CPU, image by image
-            if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("CUDA error"):
+            if isinstance(error, torch.OutOfMemoryError) or re.match(GPU_FAULT, str(error), re.IGNORECASE):
                 raise
             if not self.told:
                 warn(f"--decode device: batches with files that it cannot read are read on the CPU ({first_line(error)})")
@@ -128,7 +130,10 @@ def stacked(images):
 
 
 def collate_encoded(found):
-    """Join `EncodedImages` items: all bytes in one tensor, each of which takes a worker a file descriptor, and lengths."""
+    """Join `EncodedImages` items: all files' bytes in one tensor, their lengths, labels and items.
+
+    Every tensor that a worker sends takes a file descriptor.
+    """
     contents, labels, items = zip(*found, strict=True)
     return torch.cat(contents), [len(content) for content in contents], torch.stack(labels), list(items)
 

@@ -219,7 +219,7 @@ def sum_over_ranks(tensor):
 
 def gather_rows(tensor):
     """Return the rows of all processes' `tensor`, of one shape in each, joined in rank order."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:  # CUDA graphs of one process need no collective in them
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor)

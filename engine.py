@@ -66,7 +66,8 @@ class Run:
         self.forward = self.forward_eager
         if args.compile:
             usual = math.ceil(args.batch_size / self.world.size / args.accumulate)
-            # DistributedDataParallel's hooks break the graph, and CUDA graphs of the pieces would fix their buffers.
+            # DistributedDataParallel's hooks split the step into several graphs; CUDA graphs of these would hold their
+            # gradients at fixed addresses, which its buckets replace.
             graphs = device.type == "cuda" and self.world.size == 1
             self.forward = fast.CompiledStep(self.forward_eager, usual, device, graphs, self.objective.state.values())
 
@@ -178,8 +179,8 @@ class Run:
         chosen_on = "test" if self.data.val is None else "val"
         # Ties go to the later epoch: with a frozen backbone all epochs tie, while the heads keep improving.
         if record[f"{chosen_on}/top1"] >= self.best["acc"]:
-            self.best = {"acc": record[f"{chosen_on}/top1"], "epoch": epoch + 1, "net": record.get(f"{chosen_on}/net")}
-            self.best["test"] = record["test/top1"]
+            accuracies = {"acc": record[f"{chosen_on}/top1"], "test": record["test/top1"]}
+            self.best = {**accuracies, "epoch": epoch + 1, "net": record.get(f"{chosen_on}/net")}
         record.update({"best/top1": self.best["acc"], "best/epoch": self.best["epoch"]})
         if self.best["net"] is not None:
             record["best/net"] = self.best["net"]
@@ -257,9 +258,8 @@ def train(run):
         sys.exit(143)
     if run.last_accuracy is not None:
         chosen_on = "the test set" if data.val is None else f"held-out training images, {run.best['acc']:.2f} there"
-        best = run.best.get("test", run.best["acc"])
         at = f"epoch {run.best['epoch']}" + (f" of network {run.best['net']}" if run.best["net"] else "")
-        say(run, f"best top-1 {best:.2f} at {at} (selected on {chosen_on}), last {run.last_accuracy:.2f}")
+        say(run, f"best top-1 {run.best['test']:.2f} at {at} (selected on {chosen_on}), last {run.last_accuracy:.2f}")
     return run.best
 
 

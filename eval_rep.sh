@@ -11,9 +11,9 @@ flags=("$@")
 # probe TAG WEIGHTS
 probe() {
     $PYTHON eval_rep.py --arch mobilenetV2 --dataset STL-10 --data "$DATA/" --s-path "$CHECKPOINTS/$2" --tag "$1" \
-        --checkpoint-dir "$CHECKPOINTS" --gpu-id "$GPU" --manual_seed "$SEED" "${flags[@]}"
+        --checkpoint-dir "$CHECKPOINTS" --gpu-id "$GPU" --manual_seed "$SEED" ${flags[@]+"${flags[@]}"}
     $PYTHON eval_rep.py --arch mobilenetV2 --dataset TinyImageNet --data "$DATA/tiny-imagenet-200/" \
-        --s-path "$CHECKPOINTS/$2" --tag "$1" --checkpoint-dir "$CHECKPOINTS" --gpu-id "$GPU" --manual_seed "$SEED" "${flags[@]}"
+        --s-path "$CHECKPOINTS/$2" --tag "$1" --checkpoint-dir "$CHECKPOINTS" --gpu-id "$GPU" --manual_seed "$SEED" ${flags[@]+"${flags[@]}"}
 }
 
 student=train_student_cifar_tarch_vgg13_bn

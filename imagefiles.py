@@ -96,7 +96,7 @@ class FileBatches:
         if args.decode == "device":
             decoding.check_decoder(world.device)
         self.files, self.world, self.skip, self.limit = files, world, args.skip_bad_images, args.limit_batches
-        self.named, self.skipped = set(), 0  # unreadable images: told so far by this process, and of all in the last pass
+        self.named, self.skipped = set(), 0  # unreadable images: those told here, and the number of the last pass
         encoded = args.decode == "device"
         self.images = (decoding.EncodedImages if encoded else decoding.Images)(files, transform, fill and self.skip)
         self.stream = torch.cuda.Stream(world.device) if encoded else None

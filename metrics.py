@@ -1,4 +1,4 @@
-"""What is measured: sums that stay on the device, accuracies of every classifier, evaluation, cost; and how it is told."""
+"""What is measured: sums that stay on the device, accuracies of every classifier, evaluation, cost, an epoch's line."""
 
 import resource
 import sys

@@ -208,7 +208,7 @@ def checkpoint_of(run):
 
 
 @contextmanager
-def its_own(path):
+def foreign_checkpoint_explained(path):
     """Turn what fails in reading the content of a checkpoint that another program wrote into a UserError."""
     try:
         yield
@@ -243,11 +243,11 @@ def restore(run):
         content = utils.load_weights(run.model, run.folder.last)
     except utils.UserError as error:
         raise utils.UserError(f"--resume: {error}; {run.folder.recovery()}") from None
-    with its_own(run.folder.last):
+    with foreign_checkpoint_explained(run.folder.last):
         check_same_run(run, content)
         run.precision = TYPES[content["precision"]]
     run.prepare()
-    with its_own(run.folder.last):
+    with foreign_checkpoint_explained(run.folder.last):
         run.optimizer.load_state_dict(content["optimizer"])
         if any(state["momentum_buffer"].shape != parameter.shape for parameter, state in run.optimizer.state.items()):
             raise ValueError("momentum of another shape")  # a fused step would read beyond it

@@ -9,7 +9,7 @@ CHECKPOINTS=${CHECKPOINTS:-./checkpoint}
 GPU=${GPU:-0}
 SEED=${SEED:-0}
 flags=("$@")
-WEIGHTS=${WEIGHTS:-_best} # _best: epoch selected on the test set, as published; empty: the last epoch
+WEIGHTS=${WEIGHTS-_best} # _best: epoch selected on the test set, as published; empty: the last epoch
 
 # check ARCH RUN [flags]: the weights of ARCH in the run folder RUN
 check() {

@@ -17,7 +17,7 @@ dpcd_pairs="wrn_40_2:wrn_16_2 resnet32x4:resnet8x4 resnet56:resnet20 wrn_40_2:wr
 student() {
     $PYTHON train_student_cifar.py --tarch "$2" --arch "$4" \
         --tcheckpoint "$CHECKPOINTS/$1_arch_$2_dataset_cifar100_seed0$3/$2.pth.tar" "${@:5}" \
-        --data "$DATA" --checkpoint-dir "$CHECKPOINTS" --gpu-id "$GPU" --manual_seed "$SEED" "${flags[@]}"
+        --data "$DATA" --checkpoint-dir "$CHECKPOINTS" --gpu-id "$GPU" --manual_seed "$SEED" ${flags[@]+"${flags[@]}"}
 }
 
 for pair in $pairs; do

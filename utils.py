@@ -54,7 +54,7 @@ def learning_rate(args, epoch, progress=0.0):
 
 
 def first_line(error):
-    """Return the first line of an error's message, shortened; its type where it has none, and with it where it has no word."""
+    """Return the first line of an error's message, shortened, with its type before one without letters: `KeyError 101`."""
     if isinstance(error, EOFError) and not str(error):
         return "it ends too early"
     text = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # torch's own message begins with advice

@@ -3,7 +3,8 @@
     python benchmarks/step.py --all --compile --json step.json --markdown
     python benchmarks/step.py --scaling --plot scaling.png
 
-reference: float32, NCHW, eager, PIL transforms image by image, unfused SGD, all losses and metrics read in every step.
+reference: float32, NCHW, eager, PIL transforms image by image without workers, PyTorch's usual SGD, all losses and metrics
+           read in every step.
 default:   the engine's own loop over its own batches. compile: the same with --compile.
 The images are synthetic. Every path has a process of its own and they take turns; ratios compare the two of the same
 round, so a slow spell of the machine hits both.

@@ -78,7 +78,7 @@ class Reference:
         nesterov = not models.is_imagenet(case[1])
         parameters = self.model.parameters()
         decay = getattr(args, "weight_decay", 5e-4)
-        self.optimizer = torch.optim.SGD(parameters, 0.05, 0.9, weight_decay=decay, nesterov=nesterov, foreach=False)
+        self.optimizer = torch.optim.SGD(parameters, 0.05, 0.9, weight_decay=decay, nesterov=nesterov)
 
     def round(self, epoch=0):
         """Train on every image once, or on those of the sampler."""

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import warnings
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 import torchvision
 import training_paths
 from contract import filled_network
-from scripts import QUICK, save_teacher
+from scripts import QUICK, parsed, save_teacher
 from torch import nn
 from torch._inductor import exc as compiler_errors
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -66,14 +65,10 @@ def objective(method, student="resnet8_aux"):
     return network(student, rotations), made
 
 
-def prepared(tmp_path, method="hsakd", amp="off", compiled=False, device="cpu", student="resnet8_aux"):
+def prepared(tmp_path, method="hsakd", amp="off", compiled=False, device="cpu", student="resnet8_aux", accumulate=1):
     """Return an engine.Run ready to train on `image_set`, whose last batch is smaller."""
-    args = Namespace(
-        script="test", arch="resnet8_aux", dataset="cifar100", manual_seed=0, tag=None, checkpoint_dir=str(tmp_path),
-        amp=amp, compile=compiled, init_lr=0.05, weight_decay=5e-4, sync_bn=False, batch_size=BATCH, accumulate=1,
-        nesterov=True,
-        epochs=3, warmup_epoch=0, milestones=[9],
-    )  # fmt: skip
+    flags = ["--batch-size", BATCH, "--accumulate", accumulate, "--amp", amp, *["--compile"] * compiled]
+    args = parsed("train_teacher_cifar", "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path, *flags)
     world = World(0, 1, torch.device(device))
     found = image_set()
     train = batches.DeviceBatches(found, BATCH, augment.CropFlip(32), world, 0)
@@ -167,10 +162,10 @@ def test_bfloat16_step_is_no_further_from_float32_than_plain_autocast(tmp_path):
     assert 0 < distance(found, expected) < 1.5 * rounding < 0.3
 
 
-@pytest.mark.parametrize("method", ["hsakd", "dpcd"])
-def test_compiled_training_equals_eager_and_captures_one_graph(tmp_path, aot_eager, method):
+@pytest.mark.parametrize(("method", "amp"), [("hsakd", "off"), ("hsakd", "bf16"), ("dpcd", "off")])
+def test_compiled_training_equals_eager_and_captures_one_graph(tmp_path, aot_eager, method, amp):
     """Three epochs of three steps, the last one smaller: equal weights, and no epoch or batch compiles anew."""
-    runs, moved = [prepared(tmp_path, method, compiled=c) for c in (False, True)], []
+    runs, moved = [prepared(tmp_path, method, amp, compiled=c) for c in (False, True)], []
     for run in runs:
         run.args.init_lr = 0.001  # at a higher rate rounding grows from step to step
         start = torch.cat([p.detach().flatten() for p in run.model.parameters()])
@@ -323,7 +318,7 @@ def test_benchmark_measures_all_it_promises(tmp_path):
         assert found["images_per_second"]["median"] > 0
         assert found["peak_mib"] > 0
         assert found["start_seconds"] > 0
-    assert result["paths"]["reference"]["ratio"]["median"] == 1
+    assert set(result["paths"]) == {"reference", "default"}
     assert all(0 < path["of_matmul_rate"] < 2 for path in result["paths"].values())
 
 
@@ -468,12 +463,17 @@ def test_gpu_step_runs_on_tensors_without_values(method):
 
 
 @needs_gpu
-@pytest.mark.parametrize("method", ["hsakd", "dpcd"])
-def test_cuda_graphs_train_like_eager(tmp_path, method):
-    """On a GPU, three epochs of compiled steps give about the eager steps' losses."""
-    torch._dynamo.utils.counters.clear()
-    runs = [trained(prepared(tmp_path, method, compiled=compiled, device="cuda")) for compiled in (False, True)]
-    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+@pytest.mark.parametrize(("method", "amp", "parts"), [("hsakd", "off", 1), ("hsakd", "bf16", 2), ("dpcd", "off", 1)])
+def test_cuda_graphs_train_like_eager(tmp_path, method, amp, parts):
+    """On a GPU, three epochs of compiled steps are recorded as graphs and give about the eager steps' losses."""
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    runs = [prepared(tmp_path, method, amp, compiled=compiled, device="cuda", accumulate=parts) for compiled in (False, True)]
+    for run in runs:
+        run.args.init_lr = 0.001  # at a higher rate rounding grows from step to step
+        trained(run)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] > 0
     assert runs[1].totals.means()["loss"] == pytest.approx(runs[0].totals.means()["loss"], rel=0.02)
 
 

@@ -219,9 +219,10 @@ def test_a_device_that_does_not_decode_is_told(monkeypatch):
     monkeypatch.setattr(decoding, "decode_jpeg", mock.Mock(side_effect=RuntimeError("not compiled with nvJPEG\nat")))
     with pytest.raises(UserError, match="^--decode device: not compiled with nvJPEG$"):
         decoding.check_decoder(torch.device("cpu"))
-    monkeypatch.setattr(decoding, "decode_jpeg", mock.Mock(side_effect=RuntimeError("CUDA error: an illegal access")))
-    with pytest.raises(RuntimeError, match="^CUDA error"):
-        decoding.EncodedImages(None, None, False).decoded([], [], [], torch.device("cpu"))
+    for fault in ("CUDA error: an illegal access", "CUDA ERROR: 700", "cudaStreamWaitEvent failed: 700"):
+        monkeypatch.setattr(decoding, "decode_jpeg", mock.Mock(side_effect=RuntimeError(fault)))
+        with pytest.raises(RuntimeError, match=fault):
+            decoding.EncodedImages(None, None, False).decoded([], [], [], torch.device("cpu"))
 
 
 def test_shared_memory_that_is_too_small_is_told(root, monkeypatch):

@@ -412,7 +412,7 @@ def test_logs_and_settings_that_another_program_wrote(tmp_path):
 
 def test_a_full_gpu_is_not_told_as_a_foreign_checkpoint():
     """The optimizer's state goes to the device when a run is resumed."""
-    with pytest.raises(torch.OutOfMemoryError), runs.its_own("a.pth.tar"):
+    with pytest.raises(torch.OutOfMemoryError), runs.foreign_checkpoint_explained("a.pth.tar"):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 

@@ -24,12 +24,12 @@ def commands(tmp_path_factory):
     return lines_of(tmp_path_factory.mktemp("bin"))
 
 
-def lines_of(folder, *flags):
+def lines_of(folder, *flags, **environment):
     """Return {.sh file: [parsed arguments of a line]} of the files called with `flags`; `folder` gets a stand-in for python."""
     for name in ("python", "python3"):
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)
-    known = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder)}
+    known = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), **environment}
     found = {}
     for name in SCRIPTS:
         done = subprocess.run(["bash", ROOT / name, *flags], capture_output=True, text=True, env=known, check=True)
@@ -42,6 +42,14 @@ def lines_of(folder, *flags):
 def test_flags_go_to_every_line(commands, tmp_path):
     for name, lines in lines_of(tmp_path, "--amp", "bf16").items():
         assert len(lines) == len(commands[name]) and all(args.amp == "bf16" for args in lines), name
+
+
+def test_either_weights_of_a_run_can_be_tested(commands, tmp_path):
+    """WEIGHTS of test_model.sh: those of the best epoch, or where it is empty of the last one."""
+    last = [args.student_weights for args in lines_of(tmp_path, WEIGHTS="")["test_model.sh"]]
+    best = [args.student_weights for args in commands["test_model.sh"]]
+    assert not any("_best" in path for path in last) and any("_best" in path for path in best)
+    assert last == [path.replace("_best", "") for path in best]
 
 
 @functools.cache
