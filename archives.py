@@ -91,7 +91,11 @@ def text(value):
 
 def entries(path, *keys):
     """Return the entries `keys` of the dict pickled at `path`."""
-    found = ArrayUnpickler(path.read_bytes()).load()
+    content = path.read_bytes()
+    try:
+        found = ArrayUnpickler(content).load()
+    except KeyError:  # of an instruction that there is not, or a value that was not kept
+        raise ValueError(f"no pickle, or a damaged one (it begins with {str(content[:9])[1:]})") from None
     if isinstance(found, dict):  # read with encoding="bytes" and written again, it has bytes for texts
         found = {text(key): value for key, value in found.items()}
     lacking = [key for key in keys if not isinstance(found, dict) or key not in found]

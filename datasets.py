@@ -65,8 +65,9 @@ def stratified_share(labels, ratio):
     splitter = StratifiedShuffleSplit(n_splits=1, test_size=1 - ratio, random_state=0)
     try:
         kept, _ = next(splitter.split(np.zeros(len(labels)), labels.numpy()))
-    except ValueError as error:
-        raise UserError(f"a share of {ratio:g} of {len(labels)} images cannot be stratified: {error}") from None
+    except ValueError:  # whose message is of the splitter's arguments
+        shares = f"shares of {ratio:g} and {1 - ratio:g}, every class in both"
+        raise UserError(f"{len(labels)} images of {len(labels.unique())} classes cannot be stratified into {shares}") from None
     return torch.from_numpy(np.sort(kept))
 
 

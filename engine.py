@@ -34,7 +34,7 @@ class Run:
         self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, torch.nn.Module) else None
         self.epoch, self.step_in_epoch = 0, 0
         self.totals = Totals(world.device)
-        self.best, self.last_accuracy = {"acc": -1.0, "epoch": 0, "net": None}, None
+        self.best, self.last_accuracy = {"acc": -1.0, "test": None, "epoch": 0, "net": None}, None
         # A probe may choose it: what the first rank finds holds for all.
         self.precision = distributed.gather_objects(resolve_precision(args.amp, world.device))[0]
         torch.backends.cudnn.benchmark = True  # nearly every step has the same shapes
@@ -171,10 +171,11 @@ class Run:
         """Return the flat record of `epoch`'s tests, and note whether it is the best so far."""
         heads = (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.args.epochs
         distributed.share_buffers(self.model)
-        record = {}
+        record, net = {}, None
         for name, batches in (("val", self.data.val), ("test", self.data.test)):
             if batches is not None:
-                means = evaluate(self.model, batches, self.world.device, self.precision, heads)
+                means = evaluate(self.model, batches, self.world.device, self.precision, heads, net)
+                net = means.get("net")  # held-out images choose between the networks of a pair, too
                 record.update({f"{name}/{key}": value for key, value in means.items()})
         chosen_on = "test" if self.data.val is None else "val"
         # Ties go to the later epoch: with a frozen backbone all epochs tie, while the heads keep improving.
@@ -286,10 +287,11 @@ def report_best(run):
     if not path.exists():
         raise utils.UserError(f"--evaluate: nothing has been trained in {run.folder.path} yet")
     content = utils.load_weights(run.model, path)
-    utils.warn_of_other_classes(content, run.data.test.classes, path)
+    utils.warn_of_other_data(content, run.data.test, path)
     if run.args.amp == "auto":
         run.precision = TYPES.get(content.get("precision"), run.precision)
-    means = evaluate(run.model, run.data.test, run.world.device, run.precision, heads=True)
+    net = (content.get("best") or {}).get("net") if run.args.val_split else None
+    means = evaluate(run.model, run.data.test, run.world.device, run.precision, heads=True, net=net)
     listed = (f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in means.items())
     say(run, f"{path}, {type_name(run.precision)}: {', '.join(listed)}")
     return means

@@ -58,12 +58,12 @@ def find(root, train):
     return FileSet(np.array([os.fsencode(path) for path in paths]), torch.tensor(labels), names)
 
 
-def outlive_signals(leaving, _):
+def outlive_signals(leaving, parent, _):
     """Let a worker outlive the signals that a scheduler sends to all processes: training saves itself, then ends it.
 
-    Where training is killed it ends at once: it holds the lock of the run folder, which a resumed run waits for.
+    Where training, the process `parent`, is killed it ends at once: it holds the run folder's lock, and a resumed run waits.
     """
-    launcher.end_with_parent(signal.SIGKILL, os.getppid())
+    launcher.end_with_parent(signal.SIGKILL, parent)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
 
@@ -113,7 +113,7 @@ class FileBatches:
             num_workers=workers,
             collate_fn=decoding.collate_encoded if encoded else decoding.collate,
             pin_memory=world.device.type == "cuda" and not encoded,
-            worker_init_fn=partial(outlive_signals, self.leaving),
+            worker_init_fn=partial(outlive_signals, self.leaving, os.getpid()),
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
             generator=torch.Generator(),

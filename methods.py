@@ -114,27 +114,27 @@ def by_family(table, name, default):
     return table[max(keys, key=len)] if keys else default
 
 
-def load_teacher(args, classes):
-    """Return the teacher of `--tarch` of the data set's `classes`, with the weights of `--tcheckpoint`.
+def load_teacher(args, images):
+    """Return the teacher of `--tarch` of the classes of `images` (batches of them), with the weights of `--tcheckpoint`.
 
     For HSAKD with its auxiliary classifiers, for the other methods its backbone, whose class logits are all they use.
     Raises UserError where the weights do not fit.
     """
     known, rotations = utils.weights_layout(args.tcheckpoint)
-    if known != len(classes):
-        raise utils.UserError(f"{args.tcheckpoint}: a teacher of {known} classes, but {args.dataset} has {len(classes)}")
+    if known != len(images.classes):
+        raise utils.UserError(f"{args.tcheckpoint}: a teacher of {known} classes, but {args.dataset} has {len(images.classes)}")
     if args.method == "hsakd" and rotations == 1:
         raise utils.UserError(f"{args.tcheckpoint}: hsakd needs a teacher whose heads tell 4 rotations apart, not 1")
     teacher = models.create(args.tarch if args.method == "hsakd" else models.backbone_name(args.tarch), known)
     content = utils.load_weights(teacher, args.tcheckpoint, args.net)
-    utils.warn_of_other_classes(content, classes, args.tcheckpoint)
+    utils.warn_of_other_data(content, images, args.tcheckpoint)
     return teacher
 
 
-def create_pair(args, classes):
-    """Return (student, objective) of `--method` for a data set of `classes`; raise UserError where they do not fit."""
-    teacher = load_teacher(args, classes)
-    student = models.create(args.arch, len(classes), 1 if args.method == "dpcd" else 4)
+def create_pair(args, images):
+    """Return (student, objective) of `--method` for the classes of `images` (batches); UserError where they do not fit."""
+    teacher = load_teacher(args, images)
+    student = models.create(args.arch, len(images.classes), 1 if args.method == "dpcd" else 4)
     if args.method == "kd":
         return student, losses.KDLoss(teacher, args.kd_T, args.ce_weight, args.kd_weight)
     if args.method == "dkd":

@@ -112,10 +112,11 @@ def test_sums(network, images, labels, heads):
 
 
 @torch.no_grad()
-def evaluate(model, batches, device, dtype=torch.float32, heads=False):
+def evaluate(model, batches, device, dtype=torch.float32, heads=False, net=None):
     """Return name -> mean over the test images, each counted once: loss, top1, top5 and head accuracies, in percent.
 
-    Of a mutual pair every name has a prefix `net1/` or `net2/`, and `top1` and `net` are those of the better network.
+    Of a mutual pair every name has a prefix `net1/` or `net2/`, and `top1`, `top5` and `net` are those of the network `net`,
+    by default the better one.
     """
     totals = Totals(device)
     found = networks(model)
@@ -135,7 +136,7 @@ def evaluate(model, batches, device, dtype=torch.float32, heads=False):
         network.train(training)
     means = totals.means()
     if len(found) > 1:
-        means["net"] = 1 if means["net1/top1"] >= means["net2/top1"] else 2
+        means["net"] = net or (1 if means["net1/top1"] >= means["net2/top1"] else 2)
         means["top1"] = means[f"net{means['net']}/top1"]
         means["top5"] = means[f"net{means['net']}/top5"]
     return means

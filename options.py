@@ -110,7 +110,7 @@ def base_parser(script, description, arch, dataset_name="cifar100"):
     add("--data", type=path, default="./data", help="folder of the data set")
     add("--dataset", type=dataset, default=dataset_name, help=", ".join(DATASETS))
     add("--batch-size", type=positive, default=64, help="images a step, over all processes")
-    add("--limit-batches", type=positive, help="quick trials: stop every pass after so many batches")
+    add("--limit-batches", type=positive, help="quick trials: stop a pass after so many batches, a test's of 256 or more")
     readers = min(4, utils.available_cores())
     add("--num-workers", type=natural, default=readers, help="threads (imagenet: processes) that read for each process")
     add("--decode", choices=["cpu", "device"], default="cpu", help="imagenet: where JPEG files are decoded")
@@ -246,8 +246,11 @@ def check_output(parser, flag, path):
 
 
 def check_export(parser, path, weights):
-    """Exit with one line where the backbone could not be written to `path`, or would overwrite the tested `weights`."""
+    """Exit with one line where the backbone could not be written to `path`, or would overwrite `weights` or a run."""
     check_output(parser, "--export-backbone", path)
     target = os.path.realpath(path)
     if os.path.realpath(weights) in (target, os.path.realpath(f"{target}.tmp")):
         parser.error("--export-backbone would overwrite --student-weights")
+    folder = os.path.dirname(target)
+    if os.path.exists(target) and os.path.exists(os.path.join(folder, "args.json")):
+        parser.error(f"--export-backbone would overwrite a file of the run in {folder}")

@@ -163,7 +163,7 @@ def caption(runs, rows):
     if any(split):
         lines.append("best (val): epoch selected on held-out training data.")
     if any(run.epochs and "test/net1/top1" in run.epochs[-1] for run in runs):
-        lines.append("A mutual pair counts by the network that is better on the test set.")
+        lines.append("A mutual pair counts by the network that is better on the images that select the best epoch.")
     if any(row[-1].endswith("teacher)") for row in rows):
         lines.append("published ... (... teacher): with another kind of teacher than these runs'.")
     if not all(run.finished for run in runs):
@@ -206,14 +206,19 @@ def plot(path, groups):
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
+def path(text):
+    """Return a path of the command line."""
+    return Path(options.path(text))
+
+
 def parse_args():
     """Return the command line arguments and what ends the program in one line and exit status 2."""
     parser = options.Parser(__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="*", type=Path, help="instead of --checkpoint-dir")
-    parser.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoint"))
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as comma-separated values")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the learning curves (needs matplotlib)")
+    parser.add_argument("folders", nargs="*", type=path, help="instead of --checkpoint-dir")
+    parser.add_argument("--checkpoint-dir", type=path, default=Path("checkpoint"))
+    parser.add_argument("--markdown", type=path, metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--csv", type=path, metavar="FILE", help="write the table as comma-separated values")
+    parser.add_argument("--plot", type=path, metavar="FILE", help="draw the learning curves (needs matplotlib)")
     return parser.parse_args(), parser.error
 
 

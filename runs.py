@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -141,6 +142,12 @@ def read_log(path):
     return [epochs[number] for number in sorted(epochs)]
 
 
+def leave_to_the_main_thread(failure):
+    """Hook of a thread's exception: TensorBoard hands what fails in writing on to the main thread, which tells it."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
 class RunLog:
     """A run's `log.jsonl` (one line an epoch) and TensorBoard events."""
 
@@ -154,6 +161,7 @@ class RunLog:
             utils.warn(f"warning: {self.path}: {missing} of the {epochs_done} epochs trained so far are missing")
         with utils.replacing(self.path, "w") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        threading.excepthook = leave_to_the_main_thread
         try:
             self.events = SummaryWriter(str(folder.path), purge_step=epochs_done + 1)
         except OSError as error:
@@ -256,7 +264,7 @@ def restore(run):
         run.epoch = whole(content["order"]["epoch"], sys.maxsize)
         run.step_in_epoch = whole(content["order"]["step"], len(run.data.train))
         run.totals.load_state_dict(content["totals"], run.world.is_main)
-        run.best, run.last_accuracy = {**content["best"]}, content["acc"]
+        run.best, run.last_accuracy = {name: content["best"][name] for name in run.best}, content["acc"]
         torch.set_rng_state(content["rng"]["torch"])
     done = run.epoch + (run.step_in_epoch > 0)
     if done > run.args.epochs:

@@ -37,11 +37,16 @@ def parse_args(argv=None):
     return args
 
 
-def export_backbone(network, result, path):
-    """Write the backbone's weights in the layout of a checkpoint."""
+def export_backbone(network, content, acc, path):
+    """Write the backbone's weights in the layout of a checkpoint, with what `content` says of the training images.
+
+    `acc` is its accuracy, or None where only some of the images were tested.
+    """
     backbone = getattr(network, "backbone", network)
-    about = {"arch": models.backbone_name(result["arch"]), "num_classes": result["num_classes"], "acc": result["top1"]}
-    utils.save_checkpoint({"net": utils.to_cpu(backbone.state_dict()), "epoch": result.get("recorded_epoch"), **about}, path)
+    about = {"arch": models.backbone_name(network.arch), "num_classes": backbone.head.out_features}
+    about |= {"acc": acc, "epoch": utils.recorded(content).get("recorded_epoch")}
+    about |= {key: content[key] for key in ("dataset", "size", "data") if key in content}
+    utils.save_checkpoint({"net": utils.to_cpu(backbone.state_dict()), **about}, path)
 
 
 def main(args, world):
@@ -53,7 +58,7 @@ def main(args, world):
     images = loading.load_test(args, world, content.get("size"))
     if len(images.classes) != num_classes:
         raise utils.UserError(f"{args.student_weights}: {num_classes} classes, but {args.dataset} has {len(images.classes)}")
-    utils.warn_of_other_classes(content, images.classes, args.student_weights)
+    utils.warn_of_other_data(content, images, args.student_weights)
     precision = resolve_precision(args.amp, world.device)
     tested = evaluate(network, images, world.device, precision, heads=True)  # first: it also warms the device up
     began = time.perf_counter()
@@ -75,7 +80,7 @@ def main(args, world):
         return
     print(json.dumps(utils.json_ready(result)) if args.json else "\n".join(lines(result)), flush=True)
     if args.export_backbone:
-        export_backbone(network, result, args.export_backbone)
+        export_backbone(network, content, None if args.limit_batches else result["top1"], args.export_backbone)
 
 
 def lines(result):

@@ -27,7 +27,7 @@ def main(args, world):
     utils.seed_all(args.manual_seed)
     utils.weights_layout(args.tcheckpoint)  # a wrong path shows before the data is read
     data = loading.load(args, world)
-    student, objective = methods.create_pair(args, data.test.classes)
+    student, objective = methods.create_pair(args, data.test)
     engine.fit(args, world, student, objective, data)
 
 

@@ -18,6 +18,7 @@ import torch
 
 import models
 import pickles
+from objective import unwrap
 
 HEAD_WEIGHT = r"(fc\d?|linear|classifier)\.weight$"  # the last layer of every network here
 
@@ -94,8 +95,10 @@ def read_checkpoint(path):
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        # PyTorch's message gives the number of an opcode, no more.
-        reason = re.sub(r"^Unsupported operand.*", "damaged, or no checkpoint that torch.save wrote", first_line(error))
+        # PyTorch's message hides the name in advice, and gives the number of an opcode, no more.
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else first_line(error)
+        reason = re.sub(r"^Unsupported operand.*", "damaged, or no checkpoint that torch.save wrote", reason)
         raise UserError(f"{path}: not a checkpoint that loads safely ({reason})") from None
     except PermissionError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -160,8 +163,9 @@ def load_weights(model, path, net=1):
     Layouts: ours and the authors' `{'net': ...}`, `{'state_dict': ...}`, `{'model': ...}`, a bare state dict, with or
     without `module.` prefixes. A backbone takes its part of an auxiliary network's weights, and a single network that
     of one network (`net`, 1 or 2) of a mutual pair. Raises UserError naming the first keys that do not fit, and where
-    the file says that the weights are another architecture's.
+    the file says that the weights are another architecture's. The model may be wrapped, as by DataParallel.
     """
+    model = unwrap(model)
     content = read_checkpoint(path)
     state = state_dict_of(content, path)
     if net > 1 and not any(key.startswith(f"net{net}.") for key in state):
@@ -195,11 +199,18 @@ def class_digest(classes):
     return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()[:8]
 
 
-def warn_of_other_classes(content, classes, path):
-    """Warn, from the first process, where a file of this project says that its outputs mean other classes than `classes`."""
-    trained, ours = content.get("data"), class_digest(classes)
-    if isinstance(trained, dict) and trained.get("classes", ours) != ours and is_first_process():
+def warn_of_other_data(content, images, path):
+    """Warn, from the first process, where a file of this project says that it learned other `classes` or another `size`.
+
+    `images` are batches of the images that its network is to see.
+    """
+    trained, ours = content.get("data"), {"classes": class_digest(images.classes), "size": images.size}
+    if not isinstance(trained, dict) or not is_first_process():
+        return
+    if trained.get("classes", ours["classes"]) != ours["classes"]:
         warn(f"warning: {path}: trained on the classes of another data set ({content.get('dataset')}): its outputs mean those")
+    if trained.get("size", ours["size"]) != ours["size"]:
+        warn(f"warning: {path}: trained on images of {trained['size']} pixels a side, not {ours['size']}")
 
 
 def recorded(content):

@@ -52,7 +52,7 @@ def reference(args, seed, world):
     train_set = datasets.load(args.dataset, args.data, True, args.num_workers)
     test = loading.load_test(args, world)
     count = min(args.limit_batches * args.batch_size if args.limit_batches else len(train_set), len(train_set))
-    pair = methods.create_pair(args, test.classes)
+    pair = methods.create_pair(args, test)
     sampler = RandomSampler(train_set.labels, num_samples=count)
     path = Reference(args, (args.tarch, args.arch), train_set, world, pair, sampler)
     seconds = 0.0

@@ -5,6 +5,7 @@ import importlib
 import json
 import signal
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -34,6 +35,11 @@ def own_signal_handlers():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def seen(classes, size=32):
+    """Return what stands for batches of images of so many classes, named by their numbers, and `size` pixels a side."""
+    return SimpleNamespace(classes=[str(number) for number in range(classes)], size=size)
 
 
 def parsed(script, *words):

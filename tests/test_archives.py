@@ -244,6 +244,12 @@ def test_cifar_of_wrong_contents_is_one_line(content, said, name, tmp_path, caps
     assert not capsys.readouterr().err
 
 
+def test_a_page_in_place_of_a_pickle(tmp_path):
+    write_cifar(tmp_path, "cifar10")
+    (tmp_path / PLACES["cifar10"] / "test_batch").write_text("<!DOCTYPE html><title>404</title>")
+    assert "(test_batch: no pickle, or a damaged one (it begins with '<!DOCTYPE'))" in refused("cifar10", tmp_path)
+
+
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_no_code_of_a_pickle_is_executed(protocol, tmp_path):
     write_cifar(tmp_path, "cifar100")

@@ -373,17 +373,19 @@ def test_wrong_files(weights, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_weights_of_other_classes_of_the_same_number(weights, tmp_path, capsys):
+def test_weights_of_other_classes_or_sizes(weights, tmp_path, capsys):
     content = torch.load(weights / "aux.pth", weights_only=True)
-    for classes, warned in ((map(str, range(10)), False), ("abcdefghij", True)):
-        torch.save({**content, "dataset": "imagefolder", "data": {"classes": utils.class_digest(classes)}}, tmp_path / "w.pth")
+    for classes, size, warned in ((map(str, range(10)), 32, False), ("abcdefghij", 48, True)):
+        data = {"classes": utils.class_digest(classes), "size": size}
+        torch.save({**content, "dataset": "imagefolder", "data": data}, tmp_path / "w.pth")
         scripts.run("test_model", *QUICK, "--arch", "resnet8_aux", "--student-weights", tmp_path / "w.pth")
         args = parsed("train_student_cifar", *student(weights), "--tcheckpoint", tmp_path / "w.pth")
-        methods.create_pair(args, [str(i) for i in range(10)])
+        methods.create_pair(args, scripts.seen(10))
         words = ["--arch", "resnet8_aux", "--checkpoint-dir", tmp_path / str(warned)]
         scripts.run("train_teacher_cifar", *scripts.QUICK_RUN, *words, "--pretrained-backbone", tmp_path / "w.pth")
         told = capsys.readouterr().err
         assert told.count("w.pth: trained on the classes of another data set (imagefolder)") == 3 * warned, told
+        assert told.count("w.pth: trained on images of 48 pixels a side, not 32") == 3 * warned, told
 
 
 def test_names_with_line_breaks(monkeypatch, capsys):
@@ -414,9 +416,9 @@ def test_no_gpu_at_all_is_told(monkeypatch, capsys):
 @pytest.mark.parametrize(("tarch", "arch"), step.PAIRS)
 def test_published_pairs_take_a_step(tarch, arch, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(methods, "load_teacher", lambda args, classes: models.create(args.tarch, len(classes)))
+    monkeypatch.setattr(methods, "load_teacher", lambda args, images: models.create(args.tarch, len(images.classes)))
     args = parsed("train_student_cifar", "--tarch", tarch, "--arch", arch, "--tcheckpoint", "t.pth")
-    network, objective = methods.create_pair(args, range(100))
+    network, objective = methods.create_pair(args, scripts.seen(100))
     assert isinstance(objective, losses.HSAKDLoss)
     terms = objective(network, torch.randn(2, 3, 32, 32), torch.tensor([3, 99]))
     sum(terms.values()).backward()

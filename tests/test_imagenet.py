@@ -3,8 +3,10 @@
 import contextlib
 import gc
 import multiprocessing
+import os
 import re
 import shutil
+import sys
 from functools import partial
 from unittest import mock
 
@@ -248,6 +250,17 @@ def test_workers_end_with_the_run(root, tmp_path, monkeypatch, stopped):
         assert not set(multiprocessing.active_children()) - set(before)
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+@pytest.mark.parametrize(("parent", "status"), [(os.getpid, 0), (lambda: 2**22 + 1, 143)])
+def test_workers_of_a_killed_run_end(parent, status):
+    """Also where it was killed before they could note their parent."""
+    context = multiprocessing.get_context("fork")
+    worker = context.Process(target=imagefiles.outlive_signals, args=(context.RawValue("b", 0), parent(), 0))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == status
 
 
 def test_benchmark_of_the_input_pipeline(root, tmp_path, capsys, monkeypatch):

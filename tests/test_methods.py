@@ -7,11 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from scripts import QUICK, QUICK_RUN, log_lines, run, save_teacher, status
+from scripts import QUICK, QUICK_RUN, log_lines, run, save_teacher, seen, status
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedShuffleSplit
 
 import datasets
+import engine
 import methods
 import models
 import published
@@ -58,6 +59,27 @@ def test_both_networks_are_logged_and_the_best_is_named(pair_folder):
     assert best["net"] == lines[best["epoch"] - 1]["test/net"]
 
 
+def test_held_out_images_choose_the_network_of_a_pair(tmp_path, monkeypatch, capsys):
+    """Its accuracy on the test images is what is told, also where the other network's is better there."""
+    given = iter([{"net1/top1": 20.0, "net2/top1": 50.0}, {"net1/top1": 80.0, "net2/top1": 40.0}] * 2)
+
+    def evaluate(model, batches, device, dtype=None, heads=False, net=None):
+        accuracies = next(given)
+        net = net or max((1, 2), key=lambda number: accuracies[f"net{number}/top1"])
+        return {**accuracies, "top1": accuracies[f"net{net}/top1"], "net": net}
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    argv = [*QUICK_RUN, "--arch", "resnet8_resnet8", "--val-split", "0.2", "--checkpoint-dir", tmp_path]
+    run("train_online_kd_cifar", *argv)
+    said = "best top-1 40.00 at epoch 1 of network 2 (selected on held-out training images, 50.00 there), last 40.00"
+    assert said in capsys.readouterr().out
+    (line,) = log_lines(next(tmp_path.iterdir()))
+    assert (line["val/net"], line["test/net"], line["test/top1"], line["best/net"]) == (2, 2, 40.0, 2)
+    next(given)
+    run("train_online_kd_cifar", *argv, "--evaluate")
+    assert "top1 40.00, net 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("net", [1, 2])
 def test_exported_backbone_is_the_network_of_the_pair(pair_folder, tmp_path, capsys, net):
     """To the same accuracy as in the pair, to the same bits, and accepted as any baseline's weights are."""
@@ -68,7 +90,9 @@ def test_exported_backbone_is_the_network_of_the_pair(pair_folder, tmp_path, cap
     alone = measure(capsys, "--arch", "resnet8", "--student-weights", exported, *limit)
     assert of_pair["top1"] == alone["top1"] == log_lines(pair_folder)[-1][f"test/net{net}/top1"]
     state, network = utils.read_checkpoint(weights)["net"], models.create("resnet8", 10)
-    utils.load_weights(network, exported)
+    content, origin = utils.load_weights(network, exported), utils.read_checkpoint(weights)
+    assert all(content[key] == origin[key] for key in ("epoch", "num_classes", "dataset", "size", "data"))
+    assert content["acc"] is None and content["arch"] == "resnet8"  # not of all images
     assert all(torch.equal(value, state[f"net{net}.backbone.{key}"]) for key, value in network.state_dict().items())
 
 
@@ -125,7 +149,7 @@ def test_a_plain_teacher_under_its_auxiliary_name(tmp_path, method):
     """As of the teacher zoos, whose weights have no auxiliary classifiers: these methods read none."""
     weights = save_teacher(tmp_path / "t.pth", "resnet14")
     words = ["--tarch", "resnet14_aux", "--arch", "resnet8_aux", "--tcheckpoint", str(weights), "--dataset", "digits"]
-    _, objective = methods.create_pair(train_student_cifar.parse_args([*words, "--method", method]), range(10))
+    _, objective = methods.create_pair(train_student_cifar.parse_args([*words, "--method", method]), seen(10))
     start = torch.load(weights, weights_only=True)["net"]
     assert all(torch.equal(value, start[key]) for key, value in objective.teacher.state_dict().items())
     args = {"tarch": "resnet14_aux", "tcheckpoint": "train_baseline_cifar_arch_resnet14_dataset_digits_seed0/resnet14.pth.tar"}
@@ -136,7 +160,7 @@ def test_a_plain_teacher_under_its_auxiliary_name(tmp_path, method):
 def test_only_hsakd_runs_the_teachers_heads(teacher, method):
     """The others take the class logits alone: no arithmetic is spent on auxiliary classifiers that they do not read."""
     pair = ["--tarch", "resnet8_aux", "--arch", "resnet8_aux", "--tcheckpoint", str(teacher), "--dataset", "digits"]
-    _, objective = methods.create_pair(train_student_cifar.parse_args([*pair, "--method", method]), range(10))
+    _, objective = methods.create_pair(train_student_cifar.parse_args([*pair, "--method", method]), seen(10))
     assert hasattr(objective.teacher, "auxiliary_classifier") == (method == "hsakd")
 
 

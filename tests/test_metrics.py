@@ -130,7 +130,7 @@ def test_heads_are_tested_in_batches_as_large_as_without_them():
 
 
 def test_evaluation_of_a_pair_takes_the_better_network():
-    """Its top-1 and top-5 are the pair's; of two equal networks the first is taken."""
+    """Its top-1 and top-5 are the pair's; of two equal networks the first is taken; another one can be asked for."""
     better = RANKED.clone()
     better[1, 1], better[2, 2] = 8.0, 5.5  # label 1 is first, label 2 third
     cases = [((RANKED, better), 2, 200 / 3, 100), ((better, RANKED), 1, 200 / 3, 100), ((RANKED, RANKED), 1, 100 / 3, 200 / 3)]
@@ -139,6 +139,9 @@ def test_evaluation_of_a_pair_takes_the_better_network():
         found = metrics.evaluate(pair, batches_of(torch.arange(3), 2), CPU)
         assert (found["net"], found["top1"], found["top5"]) == pytest.approx((net, top1, top5))
         assert found[f"net{3 - net}/top1"] == pytest.approx(100 / 3)
+        other = metrics.evaluate(pair, batches_of(torch.arange(3), 2), CPU, net=3 - net)
+        assert other["net"] == 3 - net
+        assert all(other[key] == other[f"net{3 - net}/{key}"] == found[f"net{3 - net}/{key}"] for key in ("top1", "top5"))
 
 
 def test_totals_are_means_over_images():

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from contract import filled_network
 from PIL import Image
-from scripts import WORLD, parsed
+from scripts import WORLD, parsed, seen
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -117,10 +117,10 @@ def test_learning_rate_follows_the_architecture():
 
 def pair_of(monkeypatch, script, *words):
     """Return (student, constants of the objective) of a student script's command line; the networks hold no values."""
-    monkeypatch.setattr(methods, "load_teacher", lambda args, classes: models.create(args.tarch, len(classes)))
+    monkeypatch.setattr(methods, "load_teacher", lambda args, images: models.create(args.tarch, len(images.classes)))
     args = parsed(script, *TEACHER, *words)
     with torch.device("meta"):
-        student, objective = methods.create_pair(args, range(100))
+        student, objective = methods.create_pair(args, seen(100))
     constants = {name: value for name, value in vars(objective).items() if name not in ("teacher", "state")}
     constants = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in constants.items()}
     sizes = {name: tuple(value.shape) for name, value in objective.state.items()}

@@ -206,6 +206,13 @@ def test_numbers_that_cannot_be_averaged_are_missing(tmp_path):
         assert row["last top-1"] == "-"
 
 
+def test_home_folders_are_expanded(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "runs", "a", [50.0])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_main(monkeypatch, "--checkpoint-dir=~/runs") == 0
+    assert "50.00" in capsys.readouterr().out
+
+
 def test_command_line_writes_markdown_and_csv(tmp_path, monkeypatch, capsys):
     """The table goes to stdout and the files, with a caption that says how "best" was selected."""
     write_run(tmp_path / "runs", "a", [50.0], val_split=0.1)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -420,7 +421,7 @@ def scripted_accuracies(monkeypatch, values):
     """Make the tests of successive epochs give these top-1 accuracies on (test, val)."""
     given = iter(values)
 
-    def evaluate(model, batches, device, dtype=None, heads=False):
+    def evaluate(model, batches, device, dtype=None, heads=False, net=None):
         accuracies = next(given)
         return {"loss": 0.0, "top1": accuracies, "top5": 100.0}
 
@@ -469,6 +470,20 @@ def test_full_disk_at_tensorboards_file(tmp_path, capsys):
         assert status("train_teacher_cifar", *argv) == 2
     assert "cannot write TensorBoard's events" in capsys.readouterr().err
     run("train_teacher_cifar", *argv)
+
+
+def test_full_disk_in_tensorboards_thread(tmp_path, monkeypatch, capsys):
+    """It hands its error on, so no traceback of its own is printed beside the one line; other threads' errors are."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch("tensorboard.summary.writer.record_writer.RecordWriter.write", side_effect=full):
+        assert status("train_teacher_cifar", *QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path) == 2
+    told = capsys.readouterr().err
+    assert "No space left on device" in told and "Traceback" not in told
+    thread = threading.Thread(target=lambda: [][0])
+    thread.start()
+    thread.join()
+    assert "IndexError" in capsys.readouterr().err
 
 
 def test_held_out_images_select(tmp_path, monkeypatch, capsys):

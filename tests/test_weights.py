@@ -226,7 +226,7 @@ def test_teacher_of_the_wrong_kind(tmp_path):
     ):
         torch.save(state, tmp_path / "a.pth")
         with pytest.raises(utils.UserError, match=said):
-            methods.create_pair(args, range(10))
+            methods.create_pair(args, scripts.seen(10))
 
 
 def test_wrong_architecture_names_the_first_keys(tmp_path):
@@ -416,7 +416,8 @@ def test_weights_that_execute_code_are_refused_and_not_executed(legacy, tmp_path
         (tmp_path / "a.pth").write_bytes(pickle.dumps(content))
     else:
         torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
-    refused(tmp_path / "a.pth")
+    said = "posix.mkdir" if legacy is not None else "no checkpoint that torch.save wrote"
+    assert said in refused(tmp_path / "a.pth")
     assert not (tmp_path / "executed").exists()
     torch.save(nn.Linear(1, 1), tmp_path / "b.pth")  # a whole pickled module is code too
     assert "torch.nn.modules.linear.Linear" in refused(tmp_path / "b.pth")
@@ -482,6 +483,29 @@ def test_export_that_cannot_be_written_is_told_before_the_test(to, tmp_path, mon
     )
     args = test_model.parse_args(["--student-weights", "~/w.pth", "--export-backbone", "sub/b.pth"])
     assert args.export_backbone == "sub/b.pth" and args.student_weights == str(Path.home() / "w.pth")
+
+
+def test_export_overwrites_no_run(tmp_path, capsys):
+    """Neither the weights that are tested nor another file of a run; a file that is no run's is written anew."""
+    words = ("--student-weights", tmp_path / "best.pth", "--export-backbone")
+    for name in ("args.json", "last.pth", "best.pth"):
+        (tmp_path / name).touch()
+    for to, said in (("best.pth", "--student-weights"), ("last.pth", "a file of the run in")):
+        with pytest.raises(SystemExit):
+            scripts.parsed("test_model", *words, tmp_path / to)
+        assert f"--export-backbone would overwrite {said}" in capsys.readouterr().err
+    scripts.parsed("test_model", *words, tmp_path / "new.pth")
+    (tmp_path / "args.json").unlink()
+    scripts.parsed("test_model", *words, tmp_path / "last.pth")
+
+
+def test_weights_of_a_wrapped_model(tmp_path):
+    """As published code wraps it, before it loads weights."""
+    state = {f"module.{key}": value for key, value in small().state_dict().items()}
+    torch.save({"net": state}, tmp_path / "a.pth")
+    wrapped = nn.DataParallel(small())
+    utils.load_weights(wrapped, tmp_path / "a.pth")
+    assert all(torch.equal(value, state[key]) for key, value in wrapped.state_dict().items())
 
 
 def test_checkpoint_is_self_describing_and_loads_safely(tmp_path):
