@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shlex
@@ -85,18 +86,21 @@ def gradients(made, images, labels):
     return {name: p.grad.clone() for name, p in made.model.named_parameters()}
 
 
-def rank_gradients(rank, folder):
-    """Save this rank's gradients, as DistributedDataParallel averages them."""
+def rank_gradients(rank, folder, flags):
+    """Save this rank's gradients, as DistributedDataParallel averages them; --compile captures graphs without new code."""
     torch.set_num_threads(1)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    made = small_run(distributed.World(rank, 2, torch.device("cpu")))
+    made = small_run(distributed.World(rank, 2, torch.device("cpu")), flags=flags)
     assert [distributed.count_over_ranks(count, made.world) for count in (True, rank == 0, 3)] == [2, 1, 6]
     torch.save(gradients(made, *two_halves()[rank]), f"{folder}/{rank}.pt")
+    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == made.args.compile
     dist.destroy_process_group()
 
 
-def test_averaged_gradients_of_two_ranks(tmp_path):
-    mp.spawn(rank_gradients, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("flags", [(), ("--compile", "--batch-size", "8")])
+def test_averaged_gradients_of_two_ranks(tmp_path, flags):
+    mp.spawn(rank_gradients, (str(tmp_path), flags), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     first, second = (gradients(small_run(WORLD), *half) for half in two_halves())
     for name, value in first.items():
