@@ -13,6 +13,7 @@ from tqdm import tqdm
 import distributed
 import fast
 import launcher
+import loading
 import runs
 import utils
 from metrics import Totals, evaluate, peak_memory, summary, training_sums
@@ -287,7 +288,7 @@ def report_best(run):
     if not path.exists():
         raise utils.UserError(f"--evaluate: nothing has been trained in {run.folder.path} yet")
     content = utils.load_weights(run.model, path)
-    utils.warn_of_other_data(content, run.data.test, path)
+    loading.warn_of_other_data(content, run.data.test, path)
     if run.args.amp == "auto":
         run.precision = TYPES.get(content.get("precision"), run.precision)
     net = (content.get("best") or {}).get("net") if run.args.val_split else None

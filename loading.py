@@ -1,5 +1,7 @@
 """From the command line's data set to batches: what is read, what is held out, and where it lives."""
 
+import hashlib
+import json
 from typing import NamedTuple
 
 import torch
@@ -8,7 +10,7 @@ import batches
 import datasets
 import distributed
 from augment import CropFlip, resized
-from utils import UserError, class_digest, warn
+from utils import UserError, is_first_process, warn
 
 
 class Data(NamedTuple):
@@ -92,6 +94,25 @@ def test_batches(images, args, world, size=None):
 def about(train_set, size):
     """Return what tells training sets apart: their images' number and size, and a digest of their classes' names."""
     return {"images": len(train_set), "size": size, "classes": class_digest(train_set.classes)}
+
+
+def class_digest(classes):
+    """Return a short text that tells lists of class names apart."""
+    return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()[:8]
+
+
+def warn_of_other_data(content, images, path):
+    """Warn, from the first process, where the file at `path` was trained on other classes or another size than `images` are of.
+
+    `content` is the file's dict, which tells that where it is of this project; `images` are batches.
+    """
+    trained = content.get("data")
+    if not isinstance(trained, dict) or not is_first_process():
+        return
+    if trained.get("classes") not in (None, class_digest(images.classes)):
+        warn(f"warning: {path}: trained on the classes of another data set ({content.get('dataset')}): its outputs mean those")
+    if trained.get("size") not in (None, images.size):
+        warn(f"warning: {path}: trained on images of {trained['size']} pixels a side, not {images.size}")
 
 
 def split(train_set, args, world):

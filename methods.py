@@ -2,6 +2,7 @@
 
 import contextlib
 
+import loading
 import losses
 import models
 import options
@@ -127,7 +128,7 @@ def load_teacher(args, images):
         raise utils.UserError(f"{args.tcheckpoint}: hsakd needs a teacher whose heads tell 4 rotations apart, not 1")
     teacher = models.create(args.tarch if args.method == "hsakd" else models.backbone_name(args.tarch), known)
     content = utils.load_weights(teacher, args.tcheckpoint, args.net)
-    utils.warn_of_other_data(content, images, args.tcheckpoint)
+    loading.warn_of_other_data(content, images, args.tcheckpoint)
     return teacher
 
 

@@ -58,7 +58,7 @@ def main(args, world):
     images = loading.load_test(args, world, content.get("size"))
     if len(images.classes) != num_classes:
         raise utils.UserError(f"{args.student_weights}: {num_classes} classes, but {args.dataset} has {len(images.classes)}")
-    utils.warn_of_other_data(content, images, args.student_weights)
+    loading.warn_of_other_data(content, images, args.student_weights)
     precision = resolve_precision(args.amp, world.device)
     tested = evaluate(network, images, world.device, precision, heads=True)  # first: it also warms the device up
     began = time.perf_counter()

@@ -34,7 +34,7 @@ def main(args, world):
     model = models.create(args.arch, data.num_classes, args.rotations)
     if args.pretrained_backbone:
         content = utils.load_weights(model.backbone, args.pretrained_backbone)
-        utils.warn_of_other_data(content, data.test, args.pretrained_backbone)
+        loading.warn_of_other_data(content, data.test, args.pretrained_backbone)
     if args.freezed:
         model.freeze_backbone()
     engine.fit(args, world, model, TeacherLoss(), data)

@@ -1,7 +1,6 @@
 """Weights, checkpoints, seeds, users' mistakes and the learning-rate schedule."""
 
 import hashlib
-import json
 import math
 import os
 import pickle
@@ -192,25 +191,6 @@ def check_arch(model, content, path):
         theirs, ours = models.backbone_name(content.get("arch")), models.backbone_name(model.arch)
         if theirs != ours:
             raise UserError(f"{path}: weights of {theirs}, not of {ours}")
-
-
-def class_digest(classes):
-    """Return a short text that tells lists of class names apart."""
-    return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()[:8]
-
-
-def warn_of_other_data(content, images, path):
-    """Warn, from the first process, where a file of this project says that it learned other `classes` or another `size`.
-
-    `images` are batches of the images that its network is to see.
-    """
-    trained, ours = content.get("data"), {"classes": class_digest(images.classes), "size": images.size}
-    if not isinstance(trained, dict) or not is_first_process():
-        return
-    if trained.get("classes", ours["classes"]) != ours["classes"]:
-        warn(f"warning: {path}: trained on the classes of another data set ({content.get('dataset')}): its outputs mean those")
-    if trained.get("size", ours["size"]) != ours["size"]:
-        warn(f"warning: {path}: trained on images of {trained['size']} pixels a side, not {ours['size']}")
 
 
 def recorded(content):

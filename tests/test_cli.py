@@ -19,6 +19,7 @@ from scripts import QUICK, QUICK_RUN, TRAINING, WORLD, own_signal_handlers, pars
 
 import distributed
 import launcher
+import loading
 import losses
 import methods
 import models
@@ -376,7 +377,7 @@ def test_wrong_files(weights, tmp_path, capsys):
 def test_weights_of_other_classes_or_sizes(weights, tmp_path, capsys):
     content = torch.load(weights / "aux.pth", weights_only=True)
     for classes, size, warned in ((map(str, range(10)), 32, False), ("abcdefghij", 48, True)):
-        data = {"classes": utils.class_digest(classes), "size": size}
+        data = {"classes": loading.class_digest(classes), "size": size}
         torch.save({**content, "dataset": "imagefolder", "data": data}, tmp_path / "w.pth")
         scripts.run("test_model", *QUICK, "--arch", "resnet8_aux", "--student-weights", tmp_path / "w.pth")
         args = parsed("train_student_cifar", *student(weights), "--tcheckpoint", tmp_path / "w.pth")
