@@ -143,8 +143,8 @@ def read_log(path):
 
 
 def leave_to_the_main_thread(failure):
-    """Hook of a thread's exception: TensorBoard hands what fails in writing on to the main thread, which tells it."""
-    if not isinstance(failure.exc_value, OSError):
+    """Hook of a thread's exception: TensorBoard's threads hand what fails on to the main thread, which tells it."""
+    if not type(failure.thread).__module__.startswith("tensorboard"):
         threading.__excepthook__(failure)
 
 
