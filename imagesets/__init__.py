@@ -46,6 +46,10 @@ class Data(NamedTuple):
         """Return the number of classes."""
         return len(self.classes)
 
+    def batches(self) -> dict[str, Any]:
+        """Return what a Trainer takes of it: train, val, test and info."""
+        return {name: getattr(self, name) for name in ("train", "val", "test", "info")}
+
 
 @dataclass(frozen=True)
 class Settings:
