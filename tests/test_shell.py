@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import models
-from training import run_folder
+import options
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["test_model.sh", *sorted(f"scripts/{path.name}" for path in ROOT.glob("scripts/*_*.sh"))]
@@ -49,7 +49,7 @@ def written(commands):
     """Return {path of weights: arguments of the training line that writes them}."""
     files = {}
     for args in (args for lines in commands.values() for args in lines if hasattr(args, "checkpoint_dir")):
-        folder = Path(args.checkpoint_dir) / run_folder.run_name(args.script, args)
+        folder = Path(args.checkpoint_dir) / options.run_name(args)
         for name in (f"{args.arch}.pth.tar", f"{args.arch}_best.pth.tar"):
             assert files.setdefault(folder / name, args) is args, f"two lines write {folder / name}"
     return files
