@@ -93,6 +93,15 @@ def versions() -> dict[str, str]:
     return {name: str(version) for name, version in found.items()}
 
 
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """Return a short text that tells weights apart by their names and values."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def safe_globals() -> list:
     """Return what a checkpoint may hold beside tensors: numpy's numbers, parsed arguments, paths, default dicts."""
     kinds = [np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")]
@@ -205,11 +214,7 @@ class Checkpoint:
     @functools.cached_property
     def digest(self) -> str:
         """A short text that tells weights apart by their names and values."""
-        found = hashlib.sha256()
-        for name in sorted(self.state):
-            found.update(name.encode())
-            found.update(self.state[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()[:16]
+        return digest(self.state)
 
     @functools.cached_property
     def widths(self) -> tuple[int, int | None]:

@@ -124,6 +124,16 @@ def finish(parser: options.Parser, argv: list[str] | None = None) -> argparse.Na
     return args
 
 
+def finish_online(parser: options.Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of a script that trains a mutual pair."""
+    method = METHODS["hssakd"]
+    add_constants(parser, [method])
+    args = options.finish(parser, argv)
+    options.require_pair(parser, args)
+    fill_constants(args, method)
+    return args
+
+
 def fill_constants(args: argparse.Namespace, method: type[Objective]) -> None:
     """Fill in the method's constants that the command line leaves open, by the names of the networks."""
     for name, constant in method.constants().items():

@@ -22,6 +22,12 @@ class Batch(NamedTuple):
     index: Tensor | None = None  # (B,) int64: the images' numbers in the training set
     teacher_outputs: "Outputs | None" = None  # in place of the teacher's forward pass
 
+    def rows(self, rows: slice) -> "Batch":
+        """Return the part of the batch with the images in `rows`."""
+        taught = None if self.teacher_outputs is None else self.teacher_outputs.rows(rows, len(self.images))
+        index = None if self.index is None else self.index[rows]
+        return Batch(self.images[rows], self.labels[rows], self.epoch, index, taught)
+
 
 class Outputs(NamedTuple):
     """One network's outputs: class logits (rows, N), auxiliary logits, each (rows, N * M), and stage features."""
@@ -29,6 +35,12 @@ class Outputs(NamedTuple):
     logits: Tensor
     aux_logits: list[Tensor] = []
     features: list[Tensor] = []
+
+    def rows(self, rows: slice, images: int) -> "Outputs":
+        """Return the outputs of the images in `rows`, of all their views, of outputs for so many images."""
+        views = len(self.logits) // images
+        rows = slice(rows.start * views, rows.stop * views)
+        return Outputs(self.logits[rows], *([value[rows] for value in values] for values in self[1:]))
 
 
 class Predictions(NamedTuple):

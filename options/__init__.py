@@ -195,19 +195,22 @@ def run_name(args: argparse.Namespace) -> str:
     return "_".join(parts) + f"_seed{args.manual_seed}" + (f"_{args.tag}" if args.tag else "")
 
 
-def data_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the keyword arguments of `imagesets.load` that the command line gives."""
+def test_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of `imagesets.load_test` that the command line gives."""
     return {
         "name": args.dataset,
         "root": args.data,
         "batch_size": args.batch_size,
-        "seed": args.manual_seed,
         "workers": args.num_workers,
         "limit": args.limit_batches,
-        "val_split": args.val_split,
-        "few_ratio": getattr(args, "few_ratio", None),
         "skip_bad_images": args.skip_bad_images,
     }
+
+
+def data_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of `imagesets.load` that the command line gives."""
+    few_ratio = getattr(args, "few_ratio", None)
+    return {**test_settings(args), "seed": args.manual_seed, "val_split": args.val_split, "few_ratio": few_ratio}
 
 
 def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
