@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import report
+from utils import UserError
 
 FROZEN = "checkpoint/train_teacher_cifar_arch_a_dataset_cifar100_seed0_freezed/a.pth.tar"
 JOINT = "checkpoint/train_teacher_cifar_arch_a_dataset_cifar100_seed0/a.pth.tar"
@@ -194,10 +195,16 @@ def test_markdown_csv_and_plot(tmp_path, capsys):
     assert files["plot.png"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_users_errors_are_one_line(tmp_path):
+def test_paths_without_runs(tmp_path):
     """No runs, no folder, a log in place of results."""
     folder = write_run(tmp_path / "runs", "a", [50.0])
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "absent", folder / "log.jsonl"):
-        done = subprocess.run([sys.executable, report.__file__, path], capture_output=True, text=True)
-        assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+        with pytest.raises(UserError):
+            report.main(report.parse_args([str(path)]))
+
+
+@pytest.mark.slow
+def test_users_errors_are_one_line(tmp_path):
+    done = subprocess.run([sys.executable, report.__file__, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1

@@ -1,8 +1,9 @@
-"""Every line of every .sh file: it parses, and the weights it reads are those that a training line writes."""
+"""The commands of the .sh files and the documentation parse, and the weights they read are those that others write."""
 
 import importlib
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,29 +14,36 @@ import options
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["test_model.sh", *sorted(f"scripts/{path.name}" for path in ROOT.glob("scripts/*_*.sh"))]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 WEIGHTS = ("tcheckpoint", "student_weights", "s_path", "pretrained_backbone")
 STUB = '#!/bin/sh\nfor word; do printf "%s\\t" "$word"; done\necho\n'
 
 
-def run_files(folder, *flags, **environment):
-    """Return {.sh file: [parsed arguments of a line]}; `folder` gets a stand-in for python that prints its words."""
-    (folder / "python").write_text(STUB)
-    (folder / "python").chmod(0o755)
+def run_bash(folder, *words, **environment):
+    """Run bash and return the parsed arguments of each line that calls a script; `folder` gets stand-ins for python."""
+    for name, text in {"python": STUB, "torchrun": STUB, "srun": '#!/bin/sh\nexec "$@"\n'}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
     known = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), **environment}
-    found = {}
-    for name in FILES:
-        done = subprocess.run(["bash", ROOT / name, *flags], capture_output=True, text=True, env=known, cwd=folder)
-        assert done.returncode == 0 and done.stdout and not done.stderr, name
-        found[name] = [parse(*line.rstrip("\t").split("\t")) for line in done.stdout.splitlines()]
-    return found
+    done = subprocess.run(["bash", *words], capture_output=True, text=True, env=known, cwd=folder)
+    assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+    return [args for line in done.stdout.splitlines() for args in parse(line.rstrip("\t").split("\t"))]
 
 
-def parse(script, *words):
-    """Return the arguments as the script itself reads them; a line that it rejects fails the test."""
+def parse(words):
+    """Return the arguments of a command as its script reads them, nothing for programs that are no script."""
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))  # after torchrun's own
+    if not (ROOT / Path(words[at]).name).is_file():
+        return []
     try:
-        return importlib.import_module(script.removesuffix(".py")).parse_args(words)
+        return [importlib.import_module(words[at].removesuffix(".py")).parse_args(words[at + 1 :])]
     except SystemExit:
-        pytest.fail(f"{script} {' '.join(words)}: rejected")
+        pytest.fail(f"{' '.join(words)}: rejected")
+
+
+def run_files(folder, *flags, **environment):
+    """Return {.sh file: parsed arguments of its lines} of the files called with `flags`."""
+    return {name: run_bash(folder, ROOT / name, *flags, **environment) for name in FILES}
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +107,12 @@ def test_every_published_row_has_a_line(commands):
     def plain(name):
         return models.backbone_name(name).removesuffix("_bn")
 
-    lines = {name.removeprefix("scripts/").removesuffix(".sh"): found for name, found in commands.items()}
-    rows = (("hsakd", None, "offline"), ("hsakd", "freezed", "offline"), ("kd", "kd", "offline"), ("dpcd", "dpcd", ""))
-    for method, tag, block in rows:
-        students = [args for args in lines["train_student_cifar"] if (args.method, args.tag) == (method, tag)]
-        published = table["cifar100_offline" if block else "dpcd_cifar100"]["columns"]
-        assert [f"{plain(args.tarch)}->{plain(args.arch)}" for args in students] == published
+    lines = {Path(name).stem: found for name, found in commands.items()}
+    rows = {("hsakd", None): "cifar100_offline", ("hsakd", "freezed"): "cifar100_offline"}
+    rows |= {("kd", "kd"): "cifar100_offline", ("dpcd", "dpcd"): "dpcd_cifar100"}
+    for key, block in rows.items():
+        students = [args for args in lines["train_student_cifar"] if (args.method, args.tag) == key]
+        assert [f"{plain(args.tarch)}->{plain(args.arch)}" for args in students] == table[block]["columns"]
     assert [plain(args.arch) for args in lines["train_online_kd_cifar"]] == table["cifar100_online"]["columns"]
     ratios = [args.few_ratio for args in lines["train_student_few_shot"]]
     assert ratios == table["cifar100_few_shot_resnet56->resnet20"]["ratio"]
@@ -116,3 +124,12 @@ def test_every_written_best_is_tested(commands, written):
     tested = {Path(args.student_weights) for args in commands["test_model.sh"]}
     trained = {path for path, args in written.items() if args.dataset == "cifar100" and "_best" in path.name}
     assert tested == trained
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_documented_commands_parse(page, tmp_path):
+    """Every code block that calls a script runs through bash, with its variables and its continued lines."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        if re.search("^(python|torchrun|srun) ", block, re.MULTILINE):
+            run_bash(tmp_path, "-c", block)
