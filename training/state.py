@@ -69,7 +69,7 @@ def load(trainer: "Trainer", state: dict[str, Any]) -> None:
 
 def resume(trainer: "Trainer", saved: Checkpoint) -> None:
     """Bring a run to where its last checkpoint stands; UserError if that is another run's."""
-    folder = trainer.folder.path
+    folder = trainer.run.path
     if saved.content.get("info") != json_form(trainer.info):
         raise UserError(f"--resume: the run in {folder} has other training images: use --tag")
     if saved.content.get("teacher_digest") != trainer.teacher_digest:
