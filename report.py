@@ -132,9 +132,9 @@ def caption(runs: list[Run]) -> str:
     lines = ["Top-1 in percent, mean±std (n - 1) over seeds; * = jointly trained teacher."]
     lines += ["last: after the last epoch, selected by nothing."]
     if not all(run.args.get("val_split") for run in runs):
-        lines += ["best: at the epoch that was best on the test set, as in the published results; optimistic."]
+        lines += ["best: at the epoch selected on the test set, as in the published results; optimistic."]
     if any(run.args.get("val_split") for run in runs):
-        lines += ["best (val): at the epoch that was best on held-out training images."]
+        lines += ["best (val): at the epoch selected on held-out training images."]
     if any(run.epochs and "test/net1/top1" in run.epochs[-1] for run in runs):
         lines += ["A mutual pair counts as its better network, chosen on the same images as the best epoch."]
     if not all(run.finished for run in runs):

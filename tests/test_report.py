@@ -181,14 +181,14 @@ def test_markdown_csv_and_plot(tmp_path, capsys):
     write_run(tmp_path / "runs", "a", [50.0, 40.0], val_split=0.1)
     report.main(report.parse_args(["--checkpoint-dir", str(tmp_path / "runs")]))
     out = capsys.readouterr().out
-    assert "50.00 (val)" in out and "held-out" in out and "best on the test set" not in out
+    assert "50.00 (val)" in out and "held-out" in out and "selected on the test set" not in out
     write_run(tmp_path / "runs", "b", [60.0])
     files = {name: tmp_path / name for name in ("markdown", "csv", "plot.png")}
     flags = [f"--{name.removesuffix('.png')}={path}" for name, path in files.items()]
     report.main(report.parse_args([str(tmp_path / "runs"), *flags]))
     lines = files["markdown"].read_text().splitlines()
     assert len({line.count("|") for line in lines[:4]}) == 1 and "60.00" in lines[2] and lines[4] == ""
-    assert "best on the test set" in lines[5] and lines[5] in capsys.readouterr().out
+    assert "selected on the test set" in lines[5] and lines[5] in capsys.readouterr().out
     with files["csv"].open(newline="", encoding="utf-8") as file:
         header, first, _ = csv.reader(file)
     assert header == report.COLUMNS and first[header.index("published")] == "78.67±0.20"

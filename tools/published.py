@@ -34,7 +34,7 @@ def label_of(args: dict) -> Label:
     if script.startswith("train_teacher"):
         method = ("frozen" if args.get("freezed") else "joint") + ", one view" * (args.get("rotations") == 1)
     elif tarch:
-        method = (origin.get("method") or "hsakd") + "*" * has_joint_teacher(origin)
+        method = Path(origin.get("method") or "hsakd").name + "*" * has_joint_teacher(origin)
     if args.get("s_path"):
         data = f"{origin.get('dataset')} -> {data}"
     elif args.get("few_ratio"):
