@@ -30,6 +30,9 @@ class LinearProbe(nn.Module):
         # Not named `backbone`: what tests "the backbone" would take the source's own classifier for the probe.
         self.encoder = encoder.requires_grad_(False).eval()
         self.head = nn.Linear(encoder.head.in_features, num_classes)
+        if encoder.arch.startswith("mobilenet"):  # as its released code initialises linear layers
+            nn.init.normal_(self.head.weight, std=0.01)
+            nn.init.zeros_(self.head.bias)
 
     def train(self, mode=True):
         """Set the mode of the head; the encoder's BatchNorm statistics stand."""
