@@ -70,6 +70,7 @@ def main(args, world):
     """Train and test the linear classifier."""
     utils.seed_all(args.manual_seed)
     checkpoint = utils.Checkpoint(args.s_path)  # a wrong path shows before the data is read
+    args.digests = {args.s_path: checkpoint.digest}
     backbone = models.create(args.arch, checkpoint.num_classes)
     checkpoint.load_into(backbone, args.net)
     data = imagesets.load(**options.data_settings(args), crop_size=SIZE, world=world)

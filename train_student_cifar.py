@@ -26,6 +26,7 @@ def main(args, world):
     """Train the student."""
     utils.seed_all(args.manual_seed)
     method, checkpoint = methods.find(args.method), utils.Checkpoint(args.tcheckpoint)
+    args.digests = {args.tcheckpoint: checkpoint.digest}
     data = imagesets.load(**options.data_settings(args), world=world)
     imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
     teacher = methods.load_teacher(method, args.tarch, checkpoint, data.num_classes, args.net)

@@ -34,6 +34,7 @@ def main(args, world):
     if args.pretrained_backbone:
         checkpoint = utils.load_weights(model.backbone, args.pretrained_backbone)
         imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
+        args.digests = {args.pretrained_backbone: checkpoint.digest}
     if args.freezed:
         model.freeze_backbone()
     Trainer(model, methods.Teacher(), **data.batches(), **options.trainer_settings(args), world=world).fit()

@@ -88,20 +88,23 @@ def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn
     add("--tcheckpoint", type=options.path, required=True, help="trained weights of the teacher")
     options.add_net(add, "--tcheckpoint")
     add("--method", default="hsakd", help=f"{', '.join(names())}, or FILE.py: what the student learns of the teacher")
-    asked = options.given(argv, "--method", default="hsakd")
-    own = [find(asked)] if asked.endswith(".py") else []
-    parser.set_defaults(methods=[find(name) for name in names()] + own)
+    try:
+        method = find(options.given(argv, "--method", default="hsakd"))
+    except UserError as error:
+        parser.error(str(error))
+    if "batch_size" in parser.recipe:
+        parser.recipe["batch_size"] = method.imagenet_batch
+    known = [METHODS[name] for name in names()]
+    parser.set_defaults(methods=known if method in known else [*known, method])
     add_constants(parser, parser.get_default("methods"))
 
 
 def finish(parser: options.Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse a student script's command line, reject other methods' constants, and fill in the method's own."""
     args = options.finish(parser, argv)
-    known = {dest_of(*item): item for method in vars(args).pop("methods") for item in method.constants().items()}
-    try:
-        method = find(args.method)
-    except UserError as error:
-        parser.error(str(error))
+    methods = vars(args).pop("methods")
+    known = {dest_of(*item): item for method in methods for item in method.constants().items()}
+    method = METHODS.get(args.method, methods[-1])  # the last one is the user's own
     own = {dest_of(*item) for item in method.constants().items()}
     for dest in known.keys() - own:
         if getattr(args, dest) is not None:

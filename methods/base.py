@@ -153,6 +153,7 @@ class Objective:
     )
     needs_index = False  # whether a batch must number its images
     whole_batches = False  # whether its state is of whole batches, which --accumulate would split
+    imagenet_batch = 256  # images of a step on ImageNet, as published
     best_by = "top1"  # what the best epoch is chosen by: the backbone's top-1, or "joint", that of the best head
 
     def __init__(self, teacher: nn.Module | None = None, **constants: Any):

@@ -33,6 +33,7 @@ class DPCD(Objective):
     rotations = 1
     reads = "logits"
     whole_batches = True
+    imagenet_batch = 128
 
     temperature = Constant(
         3.0, "temperature of the teacher path", options.above_zero, "--kd_T", family={"imagenet": 1.0}

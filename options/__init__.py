@@ -42,7 +42,7 @@ def base_parser(script: str, description: str, arch: str, dataset_name: str = "c
     add = parser.add_argument_group("data").add_argument
     add("--data", type=path, default="./data", help="folder of the data set (default: %(default)s)")
     add("--dataset", type=dataset, default=dataset_name, help=f"{', '.join(DATASETS)} (default: %(default)s)")
-    add("--batch-size", type=positive, default=64, help="images a step, over all processes (default: %(default)s)")
+    add("--batch-size", type=positive, default=64, help="images a step, over all processes (default: 64, ImageNet 256)")
     add("--limit-batches", type=positive, help="for a quick trial: stop a pass after so many batches")
     readers = min(4, utils.available_cores())
     add("--num-workers", type=natural, default=readers, help="readers of images in each process (default: %(default)s)")
@@ -124,8 +124,8 @@ def add_freezing(parser: Parser) -> None:
 def imagenet_parser(script: str, description: str, arch: str) -> Parser:
     """Return the parser of an ImageNet training script: `training_parser` with that recipe's defaults."""
     parser = training_parser(script, description, arch, "imagenet", epochs=100, milestones=(30, 60, 90))
-    parser.recipe = {"weight_decay": 1e-4, "nesterov": False}
-    parser.set_defaults(data="./data/ImageNet", batch_size=256)
+    parser.recipe = {"weight_decay": 1e-4, "nesterov": False, "batch_size": 256}
+    parser.set_defaults(data="./data/ImageNet", batch_size=None)
     return parser
 
 
@@ -149,7 +149,7 @@ def finish(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     if args.optimizer == "sgd":
         defaults = {"init_lr": default_learning_rate(args.arch), **parser.recipe}
     else:
-        defaults = {"init_lr": 1e-3, "weight_decay": 0.05}
+        defaults = {**parser.recipe, "init_lr": 1e-3, "weight_decay": 0.05, "nesterov": False}
         if args.nesterov is not None:
             parser.error(f"--nesterov has no part in --optimizer {args.optimizer}")
     for name, default in defaults.items():
