@@ -86,12 +86,8 @@ class Reader:
     """Reads batches of an image set by `workers` processes, which end with each pass."""
 
     def __init__(self, images: ImageSet, transform: Callable, world: World, workers: int, skip_bad_images: bool):
-        self.images, self.device, self.workers, self.skip = (
-            Images(images, transform),
-            world.device,
-            workers,
-            skip_bad_images,
-        )
+        self.images, self.device = Images(images, transform), world.device
+        self.workers, self.skip = workers, skip_bad_images
         self.normalise = Normaliser(images.statistics, world.device)
         self.skipped = set()
         self.leaving = multiprocessing.RawValue("b", 0)

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import imagesets
 from imagesets import in_memory
-from imagesets.augment import CropFlip
+from imagesets.augment import CropFlip, ResizedCropFlip
 from imagesets.images import ImageSet
 from utils import UserError, World
 
@@ -66,6 +66,32 @@ def test_draws_are_uniform_and_independent():
     seen = ((draws[:, 0] * 9 + draws[:, 1]) * 2 + draws[:, 2]).bincount(minlength=162).double()
     chi_square = ((seen - 200) ** 2 / 200).sum().item()
     assert len(seen) == 162 and abs(chi_square - 161) < 5 * math.sqrt(2 * 161)
+
+
+@pytest.mark.parametrize("source", [32, 64, 96])
+def test_resized_crops_and_flips_are_torchvisions(source):
+    """Within PIL's two roundings (one of each pass) for small, large and whole boxes."""
+    images, crops = random_images(40, source), ResizedCropFlip(source, 32)
+    draws = crops.draw(40, torch.Generator().manual_seed(0))
+    draws[:2, :4] = torch.tensor([[0, 0, source, source], [3, 1, 19, 23]])
+    for image, (*box, flip), found in zip(images, draws.tolist(), crops.apply(images, draws), strict=True):
+        expected = tv.pil_to_tensor(tv.resized_crop(tv.to_pil_image(image), *box, [32, 32])).float()
+        assert ((expected.flip(2) if flip else expected) - found).abs().max() <= 1.001
+
+
+def test_boxes_have_torchvisions_distribution():
+    """Quantiles of corner, sides, area and ratio of 4,000 boxes each, in units of the image's side or area."""
+
+    def quantiles(boxes):
+        top, left, height, width = boxes.float().T / 96
+        values = torch.stack([top, left, height, width, height * width, width / height])
+        return values.quantile(torch.arange(0.1, 1, 0.1), dim=1)
+
+    torch.manual_seed(0)
+    image = torch.empty(3, 96, 96)
+    wanted = [v2.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+    found = ResizedCropFlip(96, 32).draw(4000, torch.Generator().manual_seed(0))[:, :4]
+    assert (quantiles(found) - quantiles(torch.tensor(wanted))).abs().max() < 0.03
 
 
 def test_normalisation_is_torchvisions_and_the_border_is_black():
@@ -212,6 +238,8 @@ def test_held_out_and_few_training_images():
 
 def test_tinyimagenet(tmp_path):
     """Its training images lie one folder deeper; its test images have no labels."""
+    with pytest.raises(UserError, match="unpack tiny-imagenet-200.zip"):
+        imagesets.load("tinyimagenet", tmp_path)
     root = tmp_path / "tiny-imagenet-200"
     for name in ("n1", "n2"):
         write_images(root / "train" / name / "images", [(64, 64)] * 2, suffix="JPEG")
