@@ -227,14 +227,12 @@ def test_classes_and_rotations_are_read_off_the_weights(name, path):
     assert Checkpoint(path).widths == (7, None)
 
 
-@pytest.mark.parametrize(
-    "given", [("resnet8_aux", 10, 1), ("resnet8", 10, 4), ("resnet8_aux", 7, 4), ("resnet8_aux", 10, 3)]
-)
-def test_teachers_of_the_wrong_kind(given, path):
+def test_teachers_of_the_wrong_kind(path):
     """Of other rotations, without heads, of other classes."""
-    torch.save(numbered_state(*given), path)
-    with pytest.raises(UserError, match="a.pth"):
-        methods.load_teacher(methods.HSAKD, "resnet8_aux", Checkpoint(path), 10)
+    for given in (("resnet8_aux", 10, 1), ("resnet8_aux", 10, 3), ("resnet8", 10), ("resnet8_aux", 7)):
+        torch.save(numbered_state(*given), path)
+        with pytest.raises(UserError, match="a.pth"):
+            methods.load_teacher(methods.HSAKD, "resnet8_aux", Checkpoint(path), 10)
 
 
 @pytest.mark.parametrize(
@@ -291,10 +289,7 @@ def test_a_flipped_bit_is_found(path):
     ],
 )
 def test_files_without_weights(content, said, path):
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     assert said in refused(path)
 
 
@@ -311,23 +306,19 @@ def test_damaged_files_end_in_one_line(legacy, path):
         refused(path, network)  # an unharmed one does not fit the network either
 
 
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
+class Payload(str):
+    """The path of a folder that unpickling it would make."""
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, (str(self),)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_nothing_in_a_file_is_executed(form, path):
     content = {"net": small().state_dict(), "acc": Payload(path.with_name("executed"))}
+    torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     if form == "pickle":
         path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     refused(path)
     assert not path.with_name("executed").exists()
 
