@@ -72,13 +72,17 @@ def add_constants(parser: argparse.ArgumentParser, methods: list[type[Objective]
     groups = {method.name: parser.add_argument_group(f"method {method.name}") for method in methods}
     for flag, users in uses.items():
         first = users[0][1]
+        add = groups[users[0][0].name].add_argument
+        if first.kind is bool:
+            add(flag, action="store_true", default=None, help=first.help)
+            continue
         default = ", ".join(
             f"{options.shown(constant.default)}{' or by family' * bool(constant.family)}"
             + f" for {method.name}" * (len(users) > 1)
             for method, constant in users
         )
         pair = {"nargs": 2, "metavar": ("LOW", "HIGH")} if first.pair else {}
-        groups[users[0][0].name].add_argument(flag, type=first.kind, help=f"{first.help} (default: {default})", **pair)
+        add(flag, type=first.kind, help=f"{first.help} (default: {default})", **pair)
 
 
 def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn_40_2_aux") -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import models
@@ -30,17 +31,19 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """One network's outputs: class logits (rows, N), auxiliary logits, each (rows, N * M), and stage features."""
+    """One network's outputs: class logits (rows, N), auxiliary logits, each (rows, N * M), and its features."""
 
     logits: Tensor
     aux_logits: list[Tensor] = []
-    features: list[Tensor] = []
+    features: list[Tensor] = []  # of the stages, each (rows, C, H, W)
+    embedding: Tensor | None = None  # (rows, D): what the classifier sees
 
     def rows(self, rows: slice, images: int) -> "Outputs":
         """Return the outputs of the images in `rows`, of all their views, of outputs for so many images."""
         views = len(self.logits) // images
         rows = slice(rows.start * views, rows.stop * views)
-        return Outputs(self.logits[rows], *([value[rows] for value in values] for values in self[1:]))
+        lists = ([value[rows] for value in values] for values in (self.aux_logits, self.features))
+        return Outputs(self.logits[rows], *lists, None if self.embedding is None else self.embedding[rows])
 
 
 class Predictions(NamedTuple):
@@ -69,6 +72,9 @@ class Constant:
         """Return the default for a teacher and a student, by the names of their architectures."""
         fitting = [key for key in self.family if _fits(key.partition("->"), teacher, student)]
         return self.family[max(fitting, key=len)] if fitting else self.default
+
+
+STANDARDIZE = Constant(False, "standardize both networks' logits before the temperature (CVPR 2024)", kind=bool)
 
 
 def _fits(key: tuple[str, str, str], teacher: str | None, student: str | None) -> bool:
@@ -138,6 +144,15 @@ def predictions(*networks: Outputs) -> Predictions:
     return Predictions(logits, [[aux.detach() for aux in outputs.aux_logits] for outputs in networks])
 
 
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Return the rows of all processes' `tensor`, of one shape in each, joined in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:  # CUDA graphs of one process hold no collective
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
 class Objective:
     """What a training step minimises: named scalar terms whose sum is the loss.
 
@@ -179,8 +194,11 @@ class Objective:
             found.update({name: value for name, value in vars(base).items() if isinstance(value, Constant)})
         return found
 
-    def prepare(self, model: nn.Module, images: Tensor) -> None:
-        """Build what depends on the networks' shapes; called once before training, with a few `images` (B, C, H, W)."""
+    def prepare(self, model: nn.Module, images: Tensor, num_images: int = 0) -> None:
+        """Build what depends on the networks' shapes; called once before training, with a few `images` (B, C, H, W).
+
+        `num_images` is the number of the training images, 0 if it is not known.
+        """
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Predictions]:
         """Return the terms and the `Predictions` of a batch."""
@@ -232,7 +250,8 @@ class Objective:
 
 
 def with_features(model: nn.Module, images: Tensor) -> Outputs:
-    """Return a network's class logits (B, N) and the features of its stages, each (B, C, H, W), shallow to deep."""
+    """Return a network's class logits, its stages' features, shallow to deep, and its embedding; see `Outputs`."""
     model = unwrap(model)
-    features, logits = getattr(model, "backbone", model).forward_features(images)
-    return Outputs(logits, features=features)
+    backbone = getattr(model, "backbone", model)
+    features, embedding = backbone.features(images)
+    return Outputs(backbone.head(embedding), features=features, embedding=embedding)

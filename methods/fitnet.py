@@ -17,7 +17,7 @@ class FitNet(Objective):
     stage = Constant(2, "stage that is imitated, from 1", options.positive)
     feature_weight = Constant(100.0, "weight of the squared error")
 
-    def prepare(self, model, images):
+    def prepare(self, model, images, num_images=0):
         ours, theirs = (self.chosen(with_features(net, images)) for net in (model, self.teacher))
         self.trained["regressor"] = nn.Conv2d(ours.shape[1], theirs.shape[1], 1)
 

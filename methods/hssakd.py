@@ -3,6 +3,7 @@
 import options
 from losses import cross_entropy, joint_labels, kl, rotate
 from methods.base import (
+    STANDARDIZE,
     Constant,
     Objective,
     Outputs,
@@ -22,6 +23,7 @@ class HSSAKD(Objective):
     networks = "pair"
 
     temperature = Constant(3.0, "temperature", options.above_zero, "--kd_T")
+    standardize = STANDARDIZE
 
     def step(self, model, batch):
         rotations = rotations_of(model)
@@ -43,4 +45,5 @@ class HSSAKD(Objective):
 
     def mutual_kl(self, first, second):
         """Return the KL both ways between logits (rows, N), each side's target detached."""
-        return kl(first, second.detach(), self.temperature) + kl(second, first.detach(), self.temperature)
+        pairs = (first, second.detach()), (second, first.detach())
+        return sum(kl(*pair, self.temperature, self.standardize) for pair in pairs)

@@ -111,7 +111,8 @@ class Trainer:
         self.model.to(device, memory_format=layout)
         objective.to(device)
         if type(objective).prepare is not Objective.prepare:
-            objective.prepare(self.model, next(iter(self.train))[0].to(device))
+            count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
+            objective.prepare(self.model, next(iter(self.train))[0].to(device), count)
             objective.to(device)
         compile_for = None
         if self.compile:
