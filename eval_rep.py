@@ -55,7 +55,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--s-path", type=options.path, required=True, help="weights of the backbone, or of a whole network"
     )
-    options.add_net(parser.add_argument, "--s-path")
+    options.add_choice(parser.add_argument, "--s-path")
     args = options.finish(parser, argv)
     # Neither auxiliary classifiers nor the other network of a pair have a part in this.
     args.arch = models.backbone_name(args.arch)

@@ -28,7 +28,7 @@ def parse_args(argv=None):
     parser.set_defaults(amp="off")
     add = parser.add_argument
     add("--student-weights", type=options.path, required=True, help="weights to test")
-    options.add_net(add, "--student-weights")
+    options.add_choice(add, "--student-weights")
     add("--json", action="store_true", help="print one JSON object")
     args = options.finish(parser, argv)
     if models.is_pair(args.arch):

@@ -17,6 +17,7 @@ from training import Trainer, launch
 def parse_args(argv=None):
     """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, arch="wrn_16_2")
+    options.add_start(parser)
     options.add_few_ratio(parser)
     args = options.finish(parser, argv)
     if models.is_pair(args.arch):

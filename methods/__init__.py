@@ -90,7 +90,8 @@ def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn
     add = parser.add_argument_group("teacher and method").add_argument
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", type=options.path, required=True, help="trained weights of the teacher")
-    options.add_net(add, "--tcheckpoint")
+    options.add_choice(add, "--tcheckpoint")
+    options.add_statistics(add, "teacher-", "of the teacher's images; default: its file's, else the student's")
     add("--method", default="hsakd", help=f"{', '.join(names())}, or FILE.py: what the student learns of the teacher")
     try:
         method = find(options.given(argv, "--method", default="hsakd"))
@@ -99,6 +100,7 @@ def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn
     if "batch_size" in parser.recipe:
         parser.recipe["batch_size"] = method.imagenet_batch
     known = [METHODS[name] for name in names()]
+    options.add_start(parser)
     parser.set_defaults(methods=known if method in known else [*known, method])
     add_constants(parser, parser.get_default("methods"))
 
@@ -134,6 +136,7 @@ def finish(parser: options.Parser, argv: list[str] | None = None) -> argparse.Na
 def finish_online(parser: options.Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line of a script that trains a mutual pair."""
     method = METHODS["hssakd"]
+    options.add_start(parser)
     add_constants(parser, [method])
     args = options.finish(parser, argv)
     options.require_pair(parser, args)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from scripts import run, save_teacher
 
 import methods
+from scripts import run, save_teacher
 
 STUDENT = ("--tarch", "wrn_40_2_aux", "--arch", "wrn_16_2_aux", "--manual_seed", 0)
 # Script, words of the published command, the teacher that it reads, and the losses of its first two steps.
