@@ -89,6 +89,7 @@ class Trainer:
         self.build()
         if saved:
             state.resume(self, saved)
+        distributed.check_same({"epoch": self.epoch, "step": self.step_in_epoch}, self.world)  # one folder for all
         if self.run and not self.evaluate and self.world.is_main:
             self.run.write_settings()
 
