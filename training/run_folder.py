@@ -99,12 +99,15 @@ class RunFolder:
         settings = read_json(self.arguments)
         if settings is None:
             raise UserError(f"--resume: {self.arguments} is missing or unreadable: put it back, or use --tag")
-        changed = differences(settings, self.settings, FREE_ARGUMENTS | ROUNDING_ARGUMENTS)
+        # A cosine ends with the last epoch, so their number shapes the whole run.
+        fixed = {"epochs"} if self.settings.get("schedule") == "cosine" else set()
+        changed = differences(settings, self.settings, (FREE_ARGUMENTS | ROUNDING_ARGUMENTS) - fixed)
         if changed:
             raise UserError(f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag")
         for change in differences(settings, self.settings):
             warn(f"--resume: {change}")
-        if not self.last.exists():  # it is written before the best one and the log
+        # The first one is written after the log: a run killed between them starts over.
+        if not self.last.exists() and len(read_log(self.log)) != 1:
             raise UserError(f"--resume: {self.last} is missing: put it back, or {self.recovery()}")
 
     def recovery(self) -> str:

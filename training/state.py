@@ -100,6 +100,7 @@ def resume(trainer: "Trainer", saved: Checkpoint) -> None:
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = utils.first_line(error)
         raise UserError(f"{saved.path}: no checkpoint of this run to resume from ({reason})") from None
-    if trainer.epoch + (trainer.step_in_epoch > 0) > trainer.epochs:
-        raise UserError(f"--epochs {trainer.epochs}: the run in {folder} is in epoch {trainer.epoch + 1} already")
+    begun = trainer.epoch + (trainer.step_in_epoch > 0)
+    if begun > trainer.epochs:
+        raise UserError(f"--epochs {trainer.epochs}: the run in {folder} is in epoch {begun} already")
     print_main(f"resuming at epoch {trainer.epoch + 1}, step {trainer.step_in_epoch}")
