@@ -11,7 +11,7 @@ from options.parser import DATASETS, Parser, dataset, line_list, natural, part, 
 
 FOLDERS = ("tinyimagenet", "imagefolder", "imagenet")
 FOLDER_FLAGS = ("image_size", "resize", "in_memory", "from_files", "test_split")
-AUGMENTATIONS = ("crop", "rrc", "randaugment", "none")
+AUGMENTATIONS = ("crop", "rrc", "randaugment", "strong", "none")
 
 
 def add_data(parser: Parser, dataset_name: str) -> None:
@@ -48,7 +48,8 @@ def add_statistics(add: Callable, prefix: str, use: str) -> None:
 def add_augmentation(parser: Parser) -> None:
     """Add what is done to training images."""
     add = parser.add_argument_group("augmentation (default: as published; own images: by their size)").add_argument
-    add("--augment", choices=AUGMENTATIONS, help="crop: padded; rrc: random resized crop; randaugment: crop and more")
+    kinds = "crop: padded; rrc: random resized crop; randaugment: crop and more; strong: that and Cutout"
+    add("--augment", choices=AUGMENTATIONS, help=kinds)
     add("--no-flip", action="store_true", help="mirror no images, such as text or arrows")
 
 
