@@ -30,9 +30,18 @@ def joint_labels(labels: Tensor, rotations: int = 4) -> Tensor:
     return (rotations * labels[:, None] + torch.arange(rotations, device=labels.device)).flatten()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, N) and labels (B,) in float32, mean over rows."""
-    return F.cross_entropy(logits.float(), labels)
+def cross_entropy(
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy of logits (B, N) and labels (B,) in float32, mean over rows.
+
+    With `class_weights` (N,) the rows' sum is still divided by B, where PyTorch divides by the sum of their weights: so
+    the parts of a batch, on several processes too, add up to the loss of the whole.
+    """
+    if class_weights is None:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    rows = F.cross_entropy(logits.float(), labels, class_weights, reduction="none", label_smoothing=label_smoothing)
+    return rows.mean()
 
 
 def log_kl(log_student: Tensor, log_teacher: Tensor, temperature: float) -> Tensor:

@@ -32,7 +32,8 @@ def main(args, world):
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
     model = models.create(args.arch, data.num_classes)
-    Trainer(model, methods.Supervised(), **data.batches(), **options.trainer_settings(args), world=world).fit()
+    objective = methods.Supervised(**options.loss_settings(args, data))
+    Trainer(model, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def main(args, world):
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
     pair = models.create(args.arch, data.num_classes)
-    objective = methods.HSSAKD(**methods.constants_of(args, methods.HSSAKD))
+    objective = methods.HSSAKD(**methods.constants_of(args, methods.HSSAKD), **options.loss_settings(args, data))
     Trainer(pair, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 

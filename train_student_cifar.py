@@ -31,7 +31,7 @@ def main(args, world):
     imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
     teacher = methods.load_teacher(method, args.tarch, checkpoint, data.num_classes, args.net)
     student = models.create(args.arch, data.num_classes, method.rotations)
-    objective = method(teacher, **methods.constants_of(args, method))
+    objective = method(teacher, **methods.constants_of(args, method), **options.loss_settings(args, data))
     Trainer(student, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 

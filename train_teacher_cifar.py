@@ -37,7 +37,8 @@ def main(args, world):
         args.digests = {args.pretrained_backbone: checkpoint.digest}
     if args.freezed:
         model.freeze_backbone()
-    Trainer(model, methods.Teacher(), **data.batches(), **options.trainer_settings(args), world=world).fit()
+    objective = methods.Teacher(**options.loss_settings(args, data))
+    Trainer(model, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ class Data(NamedTuple):
         """Return the number of classes."""
         return len(self.classes)
 
+    @property
+    def class_weights(self) -> torch.Tensor:
+        """Return weights (N,) of the classes that balance them: the training images, over N times those of a class."""
+        counts = self.train.image_set.labels.bincount(minlength=self.num_classes)
+        return counts.sum() / (self.num_classes * counts.clamp(min=1))
+
     def batches(self) -> dict[str, Any]:
         """Return what a Trainer takes of it: train, val, test and info."""
         return {name: getattr(self, name) for name in ("train", "val", "test", "info")}

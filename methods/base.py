@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import models
 import options
-from losses import rotate
+from losses import cross_entropy, rotate
 from utils import unwrap
 
 
@@ -171,8 +171,19 @@ class Objective:
     imagenet_batch = 256  # images of a step on ImageNet, as published
     best_by = "top1"  # what the best epoch is chosen by: the backbone's top-1, or "joint", that of the best head
 
-    def __init__(self, teacher: nn.Module | None = None, **constants: Any):
-        """Take the teacher and the constants, by default those of the teacher's family."""
+    def __init__(
+        self,
+        teacher: nn.Module | None = None,
+        *,
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        **constants: Any,
+    ):
+        """Take the teacher and the constants, by default those of the teacher's family.
+
+        `class_weights` (N,) and `label_smoothing` shape the cross-entropy of class logits; see `cross_entropy`.
+        """
+        self.class_weights, self.label_smoothing = class_weights, label_smoothing
         if self.reads is not None and teacher is None:
             raise TypeError(f"{type(self).__name__} needs a teacher")
         self.teacher = teacher
@@ -216,6 +227,13 @@ class Objective:
         """Return the terms of un-rotated images (B, C, H, W) with labels (B,); see `Batch`."""
         return self.step(model, Batch(images, labels, epoch, index, teacher_outputs))[0]
 
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of class logits (B, N) and labels (B,), by this objective's weights and smoothing.
+
+        Joint logits of class and rotation have neither.
+        """
+        return cross_entropy(logits, labels, self.class_weights, self.label_smoothing)
+
     def teach(self, batch: Batch) -> Outputs:
         """Return the teacher's outputs for a batch; call it first, while no activations are held."""
         return self.read_teacher(batch.images) if batch.teacher_outputs is None else batch.teacher_outputs
@@ -244,6 +262,8 @@ class Objective:
         """Move the teacher, the running state and the trained parts to the device; return self."""
         self.state = {name: value.to(device) for name, value in self.state.items()}
         self.trained.to(device)
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(device)
         if isinstance(self.teacher, nn.Module):
             self.teacher.to(device)
         return self

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import options
-from losses import cross_entropy, nce
+from losses import nce
 from methods.base import Constant, Objective, Outputs, gather_rows, predictions, with_features
 
 SIDES = ("student", "teacher")
@@ -48,7 +48,7 @@ class CRD(Objective):
         with torch.autocast(batch.images.device.type, enabled=False):  # the exponential needs float32
             contrast = self.contrast(student.embedding, teacher.embedding, index, batch.labels)
         terms = {
-            "task": cross_entropy(student.logits, batch.labels),
+            "task": self.cross_entropy(student.logits, batch.labels),
             "features": self.feature_weight * contrast,
         }
         return terms, predictions(Outputs(student.logits))

@@ -1,7 +1,7 @@
 """DIST (Huang et al., NeurIPS 2022): the student's class probabilities correlate with the teacher's, no more."""
 
 import options
-from losses import cross_entropy, dist
+from losses import dist
 from methods.base import Constant, Objective, Outputs, check_classes, predictions, split_outputs
 
 
@@ -20,4 +20,4 @@ class DIST(Objective):
         student = Outputs(split_outputs(model(batch.images)).logits)
         check_classes(student, teacher)
         relations = dist(student.logits, teacher.logits, self.temperature, self.inter_weight, self.intra_weight)
-        return {"task": cross_entropy(student.logits, batch.labels), "logit_dist": relations}, predictions(student)
+        return {"task": self.cross_entropy(student.logits, batch.labels), "logit_dist": relations}, predictions(student)

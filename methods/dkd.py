@@ -1,7 +1,7 @@
 """DKD (Zhao et al., CVPR 2022): KL to the teacher, decoupled into target and non-target classes."""
 
 import options
-from losses import cross_entropy, dkd, standardized
+from losses import dkd, standardized
 from methods.base import (
     STANDARDIZE,
     Constant,
@@ -41,5 +41,5 @@ class DKD(Objective):
         logits = student.logits, teacher.logits
         pair = (standardized(z) for z in logits) if self.standardize else logits
         path = dkd(*pair, batch.labels, self.temperature, self.alpha, self.beta)
-        terms = {"task": cross_entropy(student.logits, batch.labels), "teacher_path": weight * path}
+        terms = {"task": self.cross_entropy(student.logits, batch.labels), "teacher_path": weight * path}
         return terms, predictions(student)

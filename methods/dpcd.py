@@ -3,7 +3,7 @@
 import torch
 
 import options
-from losses import ced, cross_entropy, dkd, log_two_way, quantile
+from losses import ced, dkd, log_two_way, quantile
 from methods.base import (
     Constant,
     Objective,
@@ -72,8 +72,8 @@ class DPCD(Objective):
         pairs = ((deep, shallow) for j, deep in enumerate(heads) for shallow in heads[:j])
         ceds = (ced(deep, shallow, batch.labels, self.ced_temperature, self.ced_beta) for deep, shallow in pairs)
         terms = {
-            "task": cross_entropy(student.logits, batch.labels),
-            "aux": sum_terms((cross_entropy(aux, batch.labels) for aux in student.aux_logits), student.logits),
+            "task": self.cross_entropy(student.logits, batch.labels),
+            "aux": sum_terms((self.cross_entropy(aux, batch.labels) for aux in student.aux_logits), student.logits),
             "teacher_path": ramp(batch.epoch, self.warmup_epochs) * path,
             "self_path": sum_terms(ceds, student.logits),
         }

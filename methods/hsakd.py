@@ -1,7 +1,7 @@
 """HSAKD (Yang et al., IJCAI 2021): the student matches the teacher at every auxiliary head, on four rotated views."""
 
 import options
-from losses import cross_entropy, kl, rotate
+from losses import kl, rotate
 from methods.base import (
     STANDARDIZE,
     Constant,
@@ -37,7 +37,7 @@ class HSAKD(Objective):
         pairs = paired_heads(student.aux_logits, teacher.aux_logits)
         logits = student.logits[::rotations]
         terms = {
-            "task": cross_entropy(logits, batch.labels),
+            "task": self.cross_entropy(logits, batch.labels),
             "aux_kl": sum_terms((self.kl(aux, target) for aux, target in pairs), logits),
             **self.class_terms(student.logits, teacher.logits),
         }

@@ -36,7 +36,7 @@ class HSSAKD(Objective):
         joint, like = joint_labels(batch.labels, rotations), both_logits[0]
         upright = [Outputs(outputs.logits[::rotations], outputs.aux_logits) for outputs in networks]
         terms = {
-            "task": sum_terms((cross_entropy(outputs.logits, batch.labels) for outputs in upright), like),
+            "task": sum_terms((self.cross_entropy(outputs.logits, batch.labels) for outputs in upright), like),
             "aux": sum_terms((cross_entropy(aux, joint) for aux in (*both_aux[0], *both_aux[1])), like),
             "logit_kl": self.mutual_kl(*both_logits),
             "aux_kl": sum_terms((self.mutual_kl(*pair) for pair in paired_heads(*both_aux)), like),

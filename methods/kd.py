@@ -1,7 +1,7 @@
 """KD (Hinton et al., 2015): the teacher's softened class probabilities beside the labels."""
 
 import options
-from losses import cross_entropy, kl
+from losses import kl
 from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_classes, predictions, split_outputs
 
 
@@ -22,7 +22,7 @@ class KD(Objective):
         check_classes(student, teacher)
         distance = kl(student.logits, teacher.logits, self.temperature, self.standardize)
         terms = {
-            "task": self.ce_weight * cross_entropy(student.logits, batch.labels),
+            "task": self.ce_weight * self.cross_entropy(student.logits, batch.labels),
             "logit_kl": self.kd_weight * distance,
         }
         return terms, predictions(student)

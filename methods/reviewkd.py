@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import options
-from losses import cross_entropy, hcl
+from losses import hcl
 from methods.base import Constant, Objective, Outputs, predictions, ramp, sum_terms, with_features
 
 # The authors' weights by pair; 1 is the default of their code.
@@ -71,7 +71,7 @@ class ReviewKD(Objective):
             errors.append(hcl(compared, theirs))
         weight = self.feature_weight * ramp(batch.epoch, self.warmup_epochs)
         terms = {
-            "task": cross_entropy(student.logits, batch.labels),
+            "task": self.cross_entropy(student.logits, batch.labels),
             "features": weight * sum_terms(errors, student.logits),
         }
         return terms, predictions(Outputs(student.logits))

@@ -1,7 +1,7 @@
 """WTTM (Zheng and Yang, ICLR 2024): KL to the teacher's probabilities raised to a power, smooth ones weighing more."""
 
 import options
-from losses import cross_entropy, wttm
+from losses import wttm
 from methods.base import Constant, Objective, Outputs, check_classes, predictions, split_outputs
 
 
@@ -19,7 +19,7 @@ class WTTM(Objective):
         student = Outputs(split_outputs(model(batch.images)).logits)
         check_classes(student, teacher)
         terms = {
-            "task": cross_entropy(student.logits, batch.labels),
+            "task": self.cross_entropy(student.logits, batch.labels),
             "logit_kl": self.kd_weight * wttm(student.logits, teacher.logits, self.power),
         }
         return terms, predictions(student)

@@ -69,6 +69,8 @@ def training_parser(
     add("--milestones", type=positive, nargs="+", help=f"epochs at which the rate is x0.1 (default: {listed})")
     add("--warmup-epoch", type=natural, default=0, help="epochs of linear warm-up before the schedule (default: 0)")
     add("--val-split", type=below_one, default=0.0, help="select the best epoch on this share of the training images")
+    add("--class-weights", choices=["balanced"], help="weigh the classes of the hard labels by their images")
+    add("--label-smoothing", type=below_one, default=0.0, help="share of the hard labels spread over all classes")
     add("--accumulate", type=positive, default=1, help="parts that a batch is computed in, to save memory")
     add("--compile", action="store_true", help="compile the training step")
     add = parser.add_argument_group("run folder").add_argument
@@ -217,6 +219,11 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     more = {"seed": args.manual_seed, "val_split": args.val_split, "few_ratio": getattr(args, "few_ratio", None)}
     more |= {"augment": getattr(args, "augment", None), "flip": False if getattr(args, "no_flip", False) else None}
     return {"keep": keep, **test_settings(args), **more}
+
+
+def loss_settings(args: argparse.Namespace, data: Any) -> dict[str, Any]:
+    """Return the keyword arguments of an objective by which the command line shapes its cross-entropy on `data`."""
+    return {"class_weights": data.class_weights if args.class_weights else None, "label_smoothing": args.label_smoothing}
 
 
 def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
