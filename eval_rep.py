@@ -69,7 +69,7 @@ def parse_args(argv=None):
 def main(args, world):
     """Train and test the linear classifier."""
     utils.seed_all(args.manual_seed)
-    checkpoint = utils.Checkpoint(args.s_path)  # a wrong path shows before the data is read
+    checkpoint = utils.Checkpoint(args.s_path, args.weights_key)  # a wrong path shows before the data is read
     args.digests = {args.s_path: checkpoint.digest}
     backbone = models.create(args.arch, checkpoint.num_classes)
     checkpoint.load_into(backbone, args.net)

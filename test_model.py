@@ -15,7 +15,7 @@ import models
 import options
 import utils
 from training import launch
-from training.metrics import cost, evaluate
+from training.metrics import confusion, cost, evaluate
 from training.precision import resolve_precision, type_name
 from training.run_folder import json_ready
 
@@ -38,12 +38,13 @@ def parse_args(argv=None):
 
 def main(args, world):
     """Test the weights and print the results."""
-    checkpoint = utils.Checkpoint(args.student_weights)
+    checkpoint = utils.Checkpoint(args.student_weights, args.weights_key)
     num_classes, rotations = checkpoint.widths
     network = models.create(args.arch, num_classes, rotations or 4)
     checkpoint.load_into(network, args.net)
     network = network.to(world.device, memory_format=torch.channels_last).eval()
-    images = imagesets.load_test(**options.test_settings(args), size=checkpoint.info.get("size"), world=world)
+    settings = {**imagesets.recorded(checkpoint.info), **options.test_settings(args)}
+    images = imagesets.load_test(**settings, world=world)
     if len(images.classes) != num_classes:
         classes = f"{num_classes} classes, but {args.dataset} has {len(images.classes)}"
         raise utils.UserError(f"{args.student_weights}: {classes}")
@@ -51,7 +52,7 @@ def main(args, world):
     precision = resolve_precision(args.amp, world.device)
     tested = evaluate(network, images, world.device, precision, heads=True)  # first: it also warms the device up
     began = time.perf_counter()
-    evaluate(network, images, world.device, precision)
+    matrix = confusion(network, images, world.device, precision).cpu()
     seconds = time.perf_counter() - began
     result = {
         "arch": args.arch,
@@ -60,12 +61,37 @@ def main(args, world):
         "method": checkpoint.content.get("method") or KINDS[rotations],
         **checkpoint.recorded,
         "images": images.total,
+        "mean": images.statistics[0],
+        "std": images.statistics[1],
         "precision": type_name(precision),
         **tested,
         **cost(network, images.size),
         "images_per_second": images.total / seconds,
     }
-    utils.print_main(json.dumps(json_ready(result)) if args.json else "\n".join(lines(result)))
+    classes = by_class(matrix, images.classes)
+    shown = [*table(classes), *lines(result)]
+    utils.print_main(json.dumps(json_ready({**result, "classes": classes})) if args.json else "\n".join(shown))
+
+
+def by_class(matrix, names):
+    """Return, of each class, its images, its accuracy in percent and the class that it is most often taken for."""
+    found = []
+    for number, (name, row) in enumerate(zip(names, matrix.tolist(), strict=True)):
+        images, wrong = sum(row), [0 if other == number else count for other, count in enumerate(row)]
+        entry = {"name": name, "images": images, "top1": 100 * row[number] / images if images else None}
+        taken = names[wrong.index(max(wrong))] if any(wrong) else None
+        found.append({**entry, "taken_for": taken, "times": max(wrong)})
+    return found
+
+
+def table(classes):
+    """Return the lines of a table of `by_class`."""
+    width = max(len(entry["name"]) for entry in classes)
+    yield f"{'class':{width}}  images   top-1  most often taken for"
+    for entry in classes:
+        top1 = "-" if entry["top1"] is None else f"{entry['top1']:.2f}"
+        taken = f"{entry['taken_for']} ({entry['times']})" if entry["times"] else ""
+        yield f"{entry['name']:{width}}  {entry['images']:6}  {top1:>6}  {taken}".rstrip()
 
 
 def lines(result):
@@ -74,6 +100,8 @@ def lines(result):
         if isinstance(value, dict):
             millions = [f"{value[key] / 1e6:.2f} M {key.replace('_', '-')}" for key in ("parameters", "multiply_adds")]
             yield f"{name}: {', '.join(millions)}"
+        elif isinstance(value, (list, tuple)):
+            yield f"{name}: {' '.join(f'{number:.4g}' for number in value)}"
         else:
             yield f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}"
 

@@ -12,6 +12,7 @@ import models
 import options
 import utils
 from training import Trainer, launch
+from training.start import load_backbone
 
 
 def parse_args(argv=None):
@@ -32,6 +33,7 @@ def main(args, world):
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
     model = models.create(args.arch, data.num_classes)
+    args.digests = load_backbone(model, args.pretrained_backbone, data, args.weights_key)
     objective = methods.Supervised(**options.loss_settings(args, data))
     Trainer(model, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 

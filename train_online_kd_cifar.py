@@ -12,6 +12,7 @@ import models
 import options
 import utils
 from training import Trainer, launch
+from training.start import load_backbone
 
 
 def parse_args(argv=None):
@@ -25,6 +26,7 @@ def main(args, world):
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
     pair = models.create(args.arch, data.num_classes)
+    args.digests = load_backbone(pair, args.pretrained_backbone, data, args.weights_key)
     objective = methods.HSSAKD(**methods.constants_of(args, methods.HSSAKD), **options.loss_settings(args, data))
     Trainer(pair, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 

@@ -13,6 +13,7 @@ import models
 import options
 import utils
 from training import Trainer, launch
+from training.start import load_backbone, suit_teacher
 
 
 def parse_args(argv=None):
@@ -25,12 +26,12 @@ def parse_args(argv=None):
 def main(args, world):
     """Train the student."""
     utils.seed_all(args.manual_seed)
-    method, checkpoint = methods.find(args.method), utils.Checkpoint(args.tcheckpoint)
-    args.digests = {args.tcheckpoint: checkpoint.digest}
+    method, checkpoint = methods.find(args.method), utils.Checkpoint(args.tcheckpoint, args.weights_key)
     data = imagesets.load(**options.data_settings(args), world=world)
-    imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
     teacher = methods.load_teacher(method, args.tarch, checkpoint, data.num_classes, args.net)
+    teacher = suit_teacher(teacher, checkpoint, data, args.teacher_mean, args.teacher_std)
     student = models.create(args.arch, data.num_classes, method.rotations)
+    args.digests = {args.tcheckpoint: checkpoint.digest, **load_backbone(student, args.pretrained_backbone, data)}
     objective = method(teacher, **methods.constants_of(args, method), **options.loss_settings(args, data))
     Trainer(student, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 

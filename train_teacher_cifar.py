@@ -13,6 +13,7 @@ import models
 import options
 import utils
 from training import Trainer, launch
+from training.start import load_backbone
 
 
 def parse_args(argv=None):
@@ -31,10 +32,7 @@ def main(args, world):
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
     model = models.create(args.arch, data.num_classes, args.rotations)
-    if args.pretrained_backbone:
-        checkpoint = utils.load_weights(model.backbone, args.pretrained_backbone)
-        imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
-        args.digests = {args.pretrained_backbone: checkpoint.digest}
+    args.digests = load_backbone(model, args.pretrained_backbone, data, args.weights_key, renew=not args.freezed)
     if args.freezed:
         model.freeze_backbone()
     objective = methods.Teacher(**options.loss_settings(args, data))

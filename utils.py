@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import hashlib
 import math
 import os
 import pathlib
@@ -23,6 +22,7 @@ from torch import nn
 
 import models
 from models import state_dicts
+from models.state_dicts import digest
 
 
 class UserError(Exception):
@@ -90,15 +90,6 @@ def versions() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     return {name: str(version) for name, version in found.items()}
-
-
-def digest(state: dict[str, torch.Tensor]) -> str:
-    """Return a short text that tells weights apart by their names and values."""
-    found = hashlib.sha256()
-    for name in sorted(state):
-        found.update(name.encode())
-        found.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def safe_globals() -> list:
@@ -203,7 +194,10 @@ class Checkpoint:
     @property
     def info(self) -> dict[str, Any]:
         """What the file says of its training images: class names, size, mean, std; empty for other people's files."""
-        return self.content["info"] if isinstance(self.content.get("info"), dict) else {}
+        if isinstance(self.content.get("info"), dict):
+            return self.content["info"]
+        older = self.content if "versions" in self.content else {}  # of this project, before it recorded more
+        return {name: older[name] for name in ("dataset", "size") if older.get(name)}
 
     @property
     def best_net(self) -> int | None:
@@ -245,17 +239,21 @@ class Checkpoint:
                 found[f"recorded_{key}"] = value
         return found
 
-    def load_into(self, model: nn.Module, net: int | None = None) -> None:
+    def load_into(self, model: nn.Module, net: int | None = None, renew: bool = False) -> None:
         """Load the weights into `model`, strictly; a backbone takes its part of an auxiliary network or of a pair.
 
         `net` (1 or 2) chooses the network of a mutual pair, by default the better one if the file names it, else 1.
-        UserError names the first keys that do not fit, or the architecture if the file's is another one.
+        With `renew` the model keeps its own classifier if the file's is of another number of classes. `model.source`
+        is what the file records. UserError names the first keys that do not fit, or the file's other architecture.
         """
         if net == 2 and not any(key.startswith("net2.") for key in self.state):
             raise UserError(f"{self.path}: --net 2: these weights are not a mutual pair's")
         model = unwrap(model)
         with self.errors_named():
-            state_dicts.load(model, state_dicts.part_of(self.state, model.state_dict(), net or self.best_net or 1))
+            own = model.state_dict()
+            part = state_dicts.part_of(self.state, own, net or self.best_net or 1)
+            state_dicts.load(model, state_dicts.keep_classifier(part, own, self.num_classes) if renew else part)
+        model.source = {"path": str(self.path), "acc": self.recorded.get("recorded_acc"), "own": bool(self.info)}
         with contextlib.suppress(ValueError, AttributeError, TypeError):  # a name that is not known here
             theirs, ours = models.backbone_name(self.arch), models.backbone_name(model.arch)
             if theirs != ours:  # mobilenetV2's weights fit mobilenetV2_s2

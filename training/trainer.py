@@ -13,14 +13,14 @@ from torch import nn
 
 import utils
 from methods import Batch, Objective
-from training import distributed, launch, state
-from training.metrics import Totals, best_line, evaluate, peak_memory, summary
+from training import distributed, launch, start, state, teacher_cache
+from training.metrics import Totals, best_line, evaluate, is_finite, peak_memory, summary
 from training.optim import Factory, optimizer_factory, rate_factor, set_rate
 from training.precision import TYPES, resolve_precision, type_name
 from training.progress import Progress
 from training.run_folder import RunFolder, RunLog
 from training.step import TrainingStep
-from utils import Checkpoint, UserError, World, print_main
+from utils import UserError, World, print_main
 
 HEADS_EVERY = 10  # epochs between tests of all auxiliary heads; the backbone is tested every epoch
 
@@ -61,6 +61,8 @@ class Trainer:
     save_minutes: float = 15  # between saves inside an epoch
     dist_timeout: float = 10  # minutes that a process waits for the others, once training has begun
     settings: dict = field(default_factory=dict)  # what the run folder stores, and compares when a run is resumed
+    teacher_cache: str | os.PathLike | None = None  # folder of stored teacher's outputs; needs batches of fixed views
+    cache_dtype: str = "exact"  # of stored outputs: that in which the teacher computes them, or float16
     info: dict = field(default_factory=dict)  # what a checkpoint says of its data: class names, size, mean, std
     world: World | None = None
 
@@ -82,7 +84,7 @@ class Trainer:
         teacher = self.objective.teacher
         self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, nn.Module) else None
         distributed.check_same(state.shaping(self), self.world)
-        saved = self.claim() if self.run and not self.evaluate else None
+        saved = state.claim(self) if self.run and not self.evaluate else None
         self.precision = resolve_precision(self.amp, self.world.device)
         if saved and self.amp == "auto":
             self.precision = TYPES.get(saved.content.get("precision"), self.precision)
@@ -90,26 +92,18 @@ class Trainer:
         if saved:
             state.resume(self, saved)
         distributed.check_same({"epoch": self.epoch, "step": self.step_in_epoch}, self.world)  # one folder for all
+        opening = start.opening(self, test=not (saved or self.evaluate))
         if self.run and not self.evaluate and self.world.is_main:
-            self.run.write_settings()
-
-    def claim(self) -> Checkpoint | None:
-        """Claim the run folder; return the checkpoint to resume from, if there is one."""
-        resume = self.resume or launch.restarted()
-        if self.world.is_main:
-            self.run.claim(resume)
-        distributed.barrier()
-        if resume and not self.run.last.exists():
-            print_main(f"--resume: no checkpoint in {self.run.path} yet, starting from the beginning")
-        return self.run.read_last() if resume and self.run.last.exists() else None
+            self.run.write_settings(self.epoch, opening)
+        self.cache = teacher_cache.prepare(self) if self.teacher_cache and not self.evaluate else None
 
     def build(self) -> None:
         """Move the networks to the device, and build what trains them."""
         device, objective = self.world.device, self.objective
         # A CPU's channels-last BatchNorm sums with a larger error: float32 asked for by name takes the other layout.
         exact = device.type == "cpu" and self.amp == "off"
-        layout = torch.contiguous_format if exact else torch.channels_last
-        self.model.to(device, memory_format=layout)
+        self.layout = torch.contiguous_format if exact else torch.channels_last
+        self.model.to(device, memory_format=self.layout)
         objective.to(device)
         if type(objective).prepare is not Objective.prepare:
             count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
@@ -125,7 +119,7 @@ class Trainer:
             self.factory,
             self.precision,
             self.world,
-            layout=layout,
+            layout=self.layout,
             accumulate=self.accumulate,
             compile_for=compile_for,
             sync_bn=self.sync_bn,
@@ -216,7 +210,8 @@ class Trainer:
                 raise UserError(
                     f"{self.objective.name} needs batches with the images' numbers: (images, labels, index)"
                 )
-            yield Batch(item[0], item[1], epoch, index)
+            taught = self.cache.rows(index, item[3]) if self.cache else None
+            yield Batch(item[0], item[1], epoch, index, taught)
 
     @property
     def resumable(self) -> bool:
@@ -249,10 +244,8 @@ class Trainer:
 
     def check_finite(self, epoch: int) -> None:
         """Raise UserError if training has diverged, before anything of that is saved."""
-        values = [value.isfinite().all() for value in self.model.state_dict().values() if value.is_floating_point()]
-        # The scaler of float16 skips steps that are not finite: there the loss shows it.
-        if not (math.isfinite(self.totals.means()["loss"]) and torch.stack(values).all()):
-            raise UserError(f"training diverged in epoch {epoch + 1}: loss or weights not finite; lower --init-lr")
+        if not is_finite(self.model, self.totals):
+            raise UserError(f"training diverged in epoch {epoch + 1}, not finite: --resume --override init_lr=...")
 
     def test_epoch(self, epoch: int) -> dict[str, Any]:
         """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals."""
