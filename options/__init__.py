@@ -218,6 +218,7 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     keep = recorded_keep(run_folder(args)) if args.resume else None
     more = {"seed": args.manual_seed, "val_split": args.val_split, "few_ratio": getattr(args, "few_ratio", None)}
     more |= {"augment": getattr(args, "augment", None), "flip": False if getattr(args, "no_flip", False) else None}
+    more |= {"views": getattr(args, "views", None), "views_seed": getattr(args, "views_seed", 0)}
     return {"keep": keep, **test_settings(args), **more}
 
 
@@ -240,4 +241,6 @@ def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.manual_seed,
         "folder": run_folder(args),
         "settings": vars(args),
+        "teacher_cache": getattr(args, "teacher_cache", None),
+        "cache_dtype": getattr(args, "cache_dtype", "exact"),
     }

@@ -51,6 +51,8 @@ def add_augmentation(parser: Parser) -> None:
     kinds = "crop: padded; rrc: random resized crop; randaugment: crop and more; strong: that and Cutout"
     add("--augment", choices=AUGMENTATIONS, help=kinds)
     add("--no-flip", action="store_true", help="mirror no images, such as text or arrows")
+    add("--views", type=positive, metavar="V", help="fixed views of each image, of which an epoch draws one")
+    add("--views-seed", type=natural, default=0, help="seed of the fixed views (default: 0)")
 
 
 def check_data(parser: Parser, args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import torch
 
 import utils
 from models import state_dicts
+from training import distributed, launch
 from training.optim import load_state
 from training.precision import type_name
 from training.run_folder import json_form
@@ -45,6 +46,17 @@ def shaping(trainer: "Trainer") -> dict[str, Any]:
     data = {"steps an epoch": len(trainer.train), "images": trainer.info.get("images")}
     data["classes"] = trainer.info.get("class_names")
     return {**settings, **data, "teacher": trainer.teacher_digest, "torch": str(torch.__version__)}
+
+
+def claim(trainer: "Trainer") -> Checkpoint | None:
+    """Claim the run folder; return the checkpoint to resume from, if there is one."""
+    resumed, run = trainer.resume or launch.restarted(), trainer.run
+    if trainer.world.is_main:
+        run.claim(resumed)
+    distributed.barrier()
+    if resumed and not run.last.exists():
+        print_main(f"--resume: no checkpoint in {run.path} yet, starting from the beginning")
+    return run.read_last() if resumed and run.last.exists() else None
 
 
 def state_of(trainer: "Trainer") -> dict[str, Any]:
