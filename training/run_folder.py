@@ -105,7 +105,9 @@ class RunFolder:
         free = (FREE_ARGUMENTS | ROUNDING_ARGUMENTS) - fixed | set(self.settings.get("override") or ())
         changed = differences(settings, self.settings, free)
         if changed:
-            raise UserError(f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag")
+            raise UserError(
+                f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag or --override"
+            )
         for change in differences(settings, self.settings):
             warn(f"--resume: {change}")
         self.before = settings
