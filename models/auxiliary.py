@@ -1,12 +1,12 @@
 """Auxiliary classifiers on a backbone (HSAKD, IJCAI 2021), and mutual pairs of such networks (HSSAKD, TNNLS 2022)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Backbone, global_pool
+from models.layers import global_pool
 
 
 class AuxiliaryClassifier(nn.Module):
@@ -37,19 +37,60 @@ class AuxiliaryClassifier(nn.Module):
             x = getattr(self, f"block_extractor{level}")(x)
             if self.tail_prefix is not None:
                 x = F.relu(getattr(self, f"{self.tail_prefix}{level}")(x), inplace=True)
-            outputs.append(getattr(self, f"fc{level}")(global_pool(x)))
+            outputs.append(getattr(self, f"fc{level}")(pooled(x)))
         return outputs
+
+
+class StageReader:
+    """Reads the stages of a traced network: `reader(net, x) -> ([tap, ...], embedding, logits)`; holds no weights."""
+
+    def __init__(self, functions: dict[bool, Callable], taps: list[str], shapes: list[tuple], classifier: list[str]):
+        """Take a function per mode (training or not), names and shapes of the taps, names of the logits' layers."""
+        self.functions = functions
+        self.taps = taps
+        self.shapes = shapes
+        self.classifier = classifier
+
+    def __call__(self, net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return the tapped features, shallow to deep, the embedding and the logits (B, N)."""
+        return self.functions[net.training](net, x)
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Return the average over the positions of (B, C, H, W) or the tokens of (B, N, C); (B, C) is itself."""
+    return global_pool(x) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x
+
+
+def stage_features(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the features of a network's stages, shallow to deep, and its logits (B, N).
+
+    `net` is a backbone of `models`, an auxiliary network or a network whose stages `models.read_stages` has found.
+    """
+    net = getattr(net, "backbone", net)
+    if (reader := vars(net).get("stage_reader")) is not None:
+        taps, _, logits = reader(net, x)
+        return taps, logits
+    return net.forward_features(x)
 
 
 class AuxiliaryNet(nn.Module):
     """A backbone with auxiliary classifiers: x -> (logits (B, N), [aux logits (B, N * rotations), ...])."""
 
-    def __init__(self, backbone: Backbone, num_classes: int, rotations: int = 4):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        rotations: int = 4,
+        auxiliary_classifier: AuxiliaryClassifier | None = None,
+    ):
+        """Take a backbone, which builds its own auxiliary classifier unless one is given."""
         super().__init__()
         self.num_classes = num_classes
         self.rotations = rotations
         self.backbone = backbone
-        self.auxiliary_classifier = backbone.build_auxiliary(num_classes * rotations)
+        if auxiliary_classifier is None:
+            auxiliary_classifier = backbone.build_auxiliary(num_classes * rotations)
+        self.auxiliary_classifier = auxiliary_classifier
 
     @property
     def frozen(self) -> bool:
@@ -72,9 +113,9 @@ class AuxiliaryNet(nn.Module):
         """Return the class logits and the auxiliary logits; a frozen backbone's features carry no gradient."""
         if self.frozen:
             with torch.no_grad():
-                taps, logits = self.backbone.forward_features(x)
+                taps, logits = stage_features(self.backbone, x)
         else:
-            taps, logits = self.backbone.forward_features(x)
+            taps, logits = stage_features(self.backbone, x)
         return logits, self.auxiliary_classifier(taps)
 
 
