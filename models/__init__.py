@@ -9,7 +9,8 @@ import difflib
 from torch import nn
 
 from models import mobilenetv2, resnet, resnet_cifar, shufflenetv1, shufflenetv2, vgg, wrn
-from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, MutualPair
+from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, MutualPair, stage_features
+from models.external import attach_auxiliary, read_stages
 from models.layers import Backbone
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, StageReader
-from models.stages import Stages, layout, positions_of, width_of
+from models.stages import FeatureMap, Stages
 from models.tracing import META, TraceError, attribute, function_of, meta_copy, one_line
 
 BRANCHES = ("copy", "light")
@@ -117,7 +117,7 @@ def attach_auxiliary(
     if branches == "copy":
         parts, width = copied_branches(net, stages, fresh), stages.width
     else:
-        parts, width = light_branches(stages), width_of(stages.shapes[-1])
+        parts, width = light_branches(stages), stages.maps[-1].width
     net.stage_reader = reader_of(net, stages)
     auxiliary = AuxiliaryClassifier(parts, width, num_classes * rotations)
     device = next(net.parameters()).device
@@ -135,7 +135,7 @@ def read_stages(net: nn.Module, example: Tensor, taps: int = 4, classifier: str 
 def reader_of(net: nn.Module, stages: Stages) -> StageReader:
     """Return the function that runs a network and hands out its stages."""
     functions = {mode: trace.reader(net, stages.taps, stages.embedding) for mode, trace in stages.traces.items()}
-    return StageReader(functions, stages.taps, stages.shapes, stages.classifier)
+    return StageReader(functions, stages.names, [found.shape for found in stages.maps], stages.classifier)
 
 
 def copied_branches(net: nn.Module, stages: Stages, fresh: Callable[[], nn.Module] | None) -> list[list[nn.Module]]:
@@ -150,31 +150,29 @@ def copied_branches(net: nn.Module, stages: Stages, fresh: Callable[[], nn.Modul
             Branch(source, {mode: trace.between(*way) for mode, trace in stages.traces.items()}) for way in ways
         ]
         if tap == stages.taps[-1] and stages.repeated is None:
-            parts.insert(0, same_shape_block(stages.shapes[-1]))
+            parts.insert(0, same_shape_block(stages.maps[-1]))
         branches.append(parts)
     if fresh is None:
         warn_of_kept_values(branches)
     return branches
 
 
-def same_shape_block(shape: tuple[int, ...]) -> nn.Sequential:
+def same_shape_block(found: FeatureMap) -> nn.Sequential:
     """Return the block that the last branch begins with where the network has none of equal input and output shape."""
-    width = width_of(shape)
-    return nn.Sequential(ToMap(layout(shape)), LightBlock(width, width, (1, 1)), FromMap(layout(shape)))
+    return nn.Sequential(ToMap(found.layout), LightBlock(found.width, found.width, (1, 1)), FromMap(found.layout))
 
 
 def light_branches(stages: Stages) -> list[list[nn.Module]]:
     """Return the modules of each branch: one block for each later tap, and at the last tap one of its shape."""
     branches = []
-    for first, shape in enumerate(stages.shapes):
-        here = layout(shape)
-        parts: list[nn.Module] = [ToMap(here)]
-        for before, after in zip(stages.shapes[first:], stages.shapes[first + 1 :], strict=False):
-            ratio = positions_of(before) / positions_of(after)
-            stride = (max(round(ratio), 1), 1) if here == "tokens" else (max(round(ratio**0.5), 1),) * 2
-            parts.append(LightBlock(width_of(before), width_of(after), stride))
+    for index, first in enumerate(stages.maps):
+        parts: list[nn.Module] = [ToMap(first.layout)]
+        for before, after in zip(stages.maps[index:], stages.maps[index + 1 :], strict=False):
+            ratio = before.positions / after.positions
+            stride = (max(round(ratio), 1), 1) if first.layout == "tokens" else (max(round(ratio**0.5), 1),) * 2
+            parts.append(LightBlock(before.width, after.width, stride))
         if len(parts) == 1:
-            parts.append(LightBlock(width_of(shape), width_of(shape), (1, 1)))
+            parts.append(LightBlock(first.width, first.width, (1, 1)))
         branches.append(parts)
     return branches
 

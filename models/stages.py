@@ -16,6 +16,29 @@ _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _LARGE_IMAGE = 64  # pixels a side above which a tensor of one position belongs to the head, not to a stage
 
 
+class FeatureMap:
+    """The size of a tapped tensor: `layout` is "tokens" (B, N, C), "last" (B, H, W, C) or "first" (B, C, H, W)."""
+
+    def __init__(self, shape: torch.Size, image: torch.Size):
+        """Read the layout of `shape` off the proportions of the image's (B, 3, H, W); None where none fits."""
+        self.shape = tuple(shape[1:])
+        self.layout = None
+        if len(shape) == 3:
+            self.layout = "tokens"
+        elif len(shape) == 4 and _same_proportions(shape[2:], image[2:]):
+            self.layout = "first"
+        elif len(shape) == 4 and _same_proportions(shape[1:3], image[2:]):
+            self.layout = "last"
+        self.width = shape[1] if self.layout == "first" else shape[-1]
+        self.positions = math.prod(self.shape) // self.width
+        self.level = round(math.log2(image[2] * image[3] / self.positions) / 2)  # binary logarithm of the stride
+
+
+def _same_proportions(size: torch.Size, image: torch.Size) -> bool:
+    """Say whether a height and width are the image's, each divided by one number and rounded."""
+    return abs(size[0] * image[1] - size[1] * image[0]) < max(image) or size[0] == size[1] == 1
+
+
 class Stages:
     """Where a network is cut. `traces` (training or not -> Trace), `taps` and the like as keys of the traces."""
 
@@ -33,17 +56,23 @@ class Stages:
         self.num_classes = self._trace.output.meta["value"].shape[-1]
         self.classifier, embedding = self._find_classifier(classifier)
         self.embedding = self._trace.keys[embedding]
-        self.width = _width(embedding.meta["value"])
+        self.width = embedding.meta["value"].shape[1 if embedding.meta["value"].ndim == 4 else -1]
         cuts = [node for node in self._trace.cuts() if self._is_feature_map(node, embedding)]
         blocks = self._blocks(cuts)
         nodes = self._find_taps(cuts, blocks, taps)
         if not nodes:
             raise TraceError(f"{type(net).__name__} cannot be cut: no tensor between two blocks carries all data{self._reason()}")
         self.taps = [self._trace.keys[node] for node in nodes]
-        self.shapes = [tuple(node.meta["value"].shape[1:]) for node in nodes]
-        same = [node for node in blocks if node.meta["value"].shape == nodes[-1].meta["value"].shape]
-        same = [node for node in same if self._before(nodes[-2:-1], node) and self._before([node], nodes[-1])]
+        self.maps = [self._map(node) for node in nodes]
+        self.names = self._names(nodes)
+        same = self._same_shape(blocks, nodes) or self._same_shape(cuts, nodes)
         self.repeated = self._trace.keys[same[0]] if same else None  # the last branch begins with what lies from here
+
+    def _names(self, taps: list[fx.Node]) -> list[str]:
+        """Return a name for each tap: the outermost module that ends there and holds no other tap."""
+        paths = [self._trace.modules.get(node, [self._trace.keys[node]]) for node in taps]
+        inner = {path[0] for path in paths}
+        return [next((name for name in reversed(path) if sum(other.startswith(f"{name}.") for other in inner) <= 1), path[0]) for path in paths]
 
     def _reason(self) -> str:
         """Return why modules of the network stand as one call, if some do."""
@@ -80,21 +109,21 @@ class Stages:
 
     def _is_feature_map(self, node: fx.Node, embedding: fx.Node) -> bool:
         """Say whether a cut is a map or a row of tokens of the image, before the head."""
-        value, example = node.meta["value"], self._trace.data[0].meta["value"]
-        if node.op == "placeholder" or value.ndim not in (3, 4) or len(value) != len(example):
+        value, image = node.meta["value"], self._trace.data[0].meta["value"]
+        if node.op == "placeholder" or value.ndim not in (3, 4) or len(value) != len(image):
             return False
-        alone = _positions(value) == 1 and max(example.shape[2:]) > _LARGE_IMAGE
-        return not alone and self._before([node], embedding, equal=True)
+        found = self._map(node)
+        alone = found.positions == 1 and max(image.shape[2:]) > _LARGE_IMAGE
+        return found.layout is not None and not alone and self._before([node], embedding, equal=True)
+
+    def _map(self, node: fx.Node) -> FeatureMap:
+        """Return what is known of the tensor of a node."""
+        return FeatureMap(node.meta["value"].shape, self._trace.data[0].meta["value"].shape)
 
     def _before(self, earlier: list[fx.Node], node: fx.Node, equal: bool = False) -> bool:
         """Say whether `node` comes after all of `earlier`; itself counts where `equal`."""
         order = self._trace.order
         return all(order[other] < order[node] or (equal and other is node) for other in earlier)
-
-    def _level(self, node: fx.Node) -> int:
-        """Return the binary logarithm of the stride at a node."""
-        image = self._trace.data[0].meta["value"]
-        return round(math.log2(image.shape[2] * image.shape[3] / _positions(node.meta["value"])) / 2)
 
     def _blocks(self, cuts: list[fx.Node]) -> list[fx.Node]:
         """Return those cuts that are the output of a block: a module of several layers, or a residual sum.
@@ -121,45 +150,27 @@ class Stages:
 
     def _find_taps(self, cuts: list[fx.Node], blocks: list[fx.Node], count: int) -> list[fx.Node]:
         """Return at most `count` taps, the deepest, shallow to deep."""
-        if len(blocks) > 1 and len({self._level(node) for node in blocks}) == 1:
+        if len(blocks) > 1 and len({self._map(node).level for node in blocks}) == 1:
             count = min(count, len(blocks))
             return [blocks[round(len(blocks) * part / count) - 1] for part in range(1, count + 1)]
-        last = {self._level(node): node for node in cuts} | {self._level(node): node for node in blocks}
+        last = {self._map(node).level: node for node in cuts} | {self._map(node).level: node for node in blocks}
         taps = []
         for level in sorted(last):
             if self._before(taps, last[level]) and self._has_layers(taps[-1:], last[level]):
                 taps.append(last[level])
         return taps[-count:]
 
+    def _same_shape(self, candidates: list[fx.Node], taps: list[fx.Node]) -> list[fx.Node]:
+        """Return those candidates of the last tap's shape that come before it, but not before the tap before it."""
+        *earlier, last = taps
+        same = [node for node in candidates if node.meta["value"].shape == last.meta["value"].shape]
+        same = [node for node in same if self._before(earlier[-1:], node, equal=True) and self._before([node], last)]
+        return [node for node in same if self._has_layers([node], last)]
+
     def _has_layers(self, start: list[fx.Node], end: fx.Node) -> bool:
         """Say whether some layer lies between a node, or the image, and another one."""
         between = [node for node in self._trace.data if self._before(start, node) and self._before([node], end, equal=True)]
         return any(self._layer(node) for node in between)
-
-
-def layout(shape: tuple[int, ...]) -> str:
-    """Return how a tensor of this shape (without the batch) is laid out: "tokens" (N, C), "last" (H, W, C) or "first"."""
-    if len(shape) == 2:
-        return "tokens"
-    return "last" if shape[0] == shape[1] != shape[2] else "first"
-
-
-def width_of(shape: tuple[int, ...]) -> int:
-    """Return the number of channels of a shape without the batch."""
-    return shape[0] if layout(shape) == "first" else shape[-1]
-
-
-def positions_of(shape: tuple[int, ...]) -> int:
-    """Return the number of positions, or tokens, of a shape without the batch."""
-    return math.prod(shape) // width_of(shape)
-
-
-def _positions(value: Tensor) -> int:
-    return positions_of(tuple(value.shape[1:]))
-
-
-def _width(value: Tensor) -> int:
-    return value.shape[1] if value.ndim == 2 else width_of(tuple(value.shape[1:]))
 
 
 def _heavy(module: nn.Module) -> int:
