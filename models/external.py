@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, StageReader
 from models.stages import FeatureMap, Stages
-from models.tracing import META, TraceError, attribute, function_of, meta_copy, one_line
+from models.tracer import META, TraceError, attribute, meta_copy, one_line
+from models.tracing import function_of
 
 BRANCHES = ("copy", "light")
 
@@ -52,7 +53,7 @@ class Branch(nn.Module):
 
 
 class LightBlock(nn.Module):
-    """Depthwise 3x3 and pointwise convolution, each with BatchNorm, ReLU after the second; tokens are taken as a row."""
+    """Depthwise 3x3 and pointwise convolution, each with BatchNorm, then ReLU; tokens are taken as a row."""
 
     def __init__(self, in_width: int, width: int, stride: tuple[int, int]):
         super().__init__()
@@ -108,10 +109,21 @@ def attach_auxiliary(
     the branches take; without it they are copies of `net`'s, newly initialised where a module has `reset_parameters`.
     Raises ValueError, in one line, for a network that cannot be traced or cut, or of another number of classes.
     """
+    example = torch.zeros(1, 3, 224, 224) if example is None else example
+    return attach(net, Stages(net, example, taps, classifier), num_classes, rotations, branches, fresh)
+
+
+def attach(
+    net: nn.Module,
+    stages: Stages,
+    num_classes: int,
+    rotations: int = 4,
+    branches: str = "copy",
+    fresh: Callable[[], nn.Module] | None = None,
+) -> AuxiliaryNet:
+    """Return `net` with an auxiliary classifier for its stages; ValueError as `attach_auxiliary`."""
     if branches not in BRANCHES:
         raise ValueError(f"branches are {' or '.join(BRANCHES)}, not {branches!r}")
-    example = torch.zeros(1, 3, 224, 224) if example is None else example
-    stages = Stages(net, example, taps, classifier)
     if stages.num_classes != num_classes:
         raise ValueError(f"{type(net).__name__} has {stages.num_classes} classes, not {num_classes}")
     if branches == "copy":
@@ -120,9 +132,8 @@ def attach_auxiliary(
         parts, width = light_branches(stages), stages.maps[-1].width
     net.stage_reader = reader_of(net, stages)
     auxiliary = AuxiliaryClassifier(parts, width, num_classes * rotations)
-    device = next(net.parameters()).device
-    network = AuxiliaryNet(net, num_classes, rotations, auxiliary.to(device))
-    check_batches(network, example)
+    network = AuxiliaryNet(net, num_classes, rotations, auxiliary.to(next(net.parameters()).device))
+    check_batches(network, stages.example)
     return network
 
 
@@ -146,9 +157,7 @@ def copied_branches(net: nn.Module, stages: Stages, fresh: Callable[[], nn.Modul
         ways = [(tap, stages.embedding)]
         if tap == stages.taps[-1] and stages.repeated is not None:
             ways.insert(0, (stages.repeated, tap))
-        parts = [
-            Branch(source, {mode: trace.between(*way) for mode, trace in stages.traces.items()}) for way in ways
-        ]
+        parts = [Branch(source, {mode: trace.between(*way) for mode, trace in stages.traces.items()}) for way in ways]
         if tap == stages.taps[-1] and stages.repeated is None:
             parts.insert(0, same_shape_block(stages.maps[-1]))
         branches.append(parts)
@@ -199,7 +208,7 @@ def warn_of_kept_values(branches: list[list[nn.Module]]) -> None:
 
 
 def check_batches(network: AuxiliaryNet, example: Tensor) -> None:
-    """Raise ValueError unless the traced network takes any number of images; the example's may have been fixed in it."""
+    """Raise ValueError unless the traced network takes any number of images: the example's may be fixed in it."""
     images = torch.empty((3, *example.shape[1:]), device=META)
     copied = meta_copy(network)
     for mode in (True, False):

@@ -10,7 +10,8 @@ import operator
 import torch
 from torch import Tensor, fx, nn
 
-from models.tracing import META, Trace, TraceError, attribute, meta_copy, one_line
+from models.tracer import META, TraceError, attribute, meta_copy, one_line
+from models.tracing import Trace
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _LARGE_IMAGE = 64  # pixels a side above which a tensor of one position belongs to the head, not to a stage
@@ -44,15 +45,9 @@ class Stages:
 
     def __init__(self, net: nn.Module, example: Tensor, taps: int = 4, classifier: str | None = None):
         """Trace `net` at the size of `example`; ValueError in one line if it cannot be traced or cut."""
-        example = torch.empty((2, *example.shape[1:]), device=META)
-        try:
-            with torch.no_grad():
-                meta_copy(net).eval()(example)
-        except Exception as error:  # in the network's own words
-            size = " x ".join(map(str, example.shape[2:]))
-            raise ValueError(f"{type(net).__name__} refuses images of {size} pixels: {one_line(error)}") from None
-        self.traces = {mode: Trace(net, example, training=mode) for mode in (False, True)}
-        self._net, self._trace = net, self.traces[False]
+        self._net = net
+        self.trace(example)
+        self._trace = self.traces[False]
         self.num_classes = self._trace.output.meta["value"].shape[-1]
         self.classifier, embedding = self._find_classifier(classifier)
         self.embedding = self._trace.keys[embedding]
@@ -61,18 +56,36 @@ class Stages:
         blocks = self._blocks(cuts)
         nodes = self._find_taps(cuts, blocks, taps)
         if not nodes:
-            raise TraceError(f"{type(net).__name__} cannot be cut: no tensor between two blocks carries all data{self._reason()}")
+            raise TraceError(
+                f"{type(net).__name__} cannot be cut: no tensor between two blocks carries all data{self._reason()}"
+            )
         self.taps = [self._trace.keys[node] for node in nodes]
         self.maps = [self._map(node) for node in nodes]
         self.names = self._names(nodes)
         same = self._same_shape(blocks, nodes) or self._same_shape(cuts, nodes)
         self.repeated = self._trace.keys[same[0]] if same else None  # the last branch begins with what lies from here
 
+    def trace(self, example: Tensor) -> None:
+        """Trace the network at the size of `example`, the taps staying as they are; ValueError if it refuses it."""
+        self.example = torch.empty((2, *example.shape[1:]), device=META)
+        try:
+            with torch.no_grad():
+                meta_copy(self._net).eval()(self.example)
+        except Exception as error:  # in the network's own words
+            size = " x ".join(map(str, example.shape[2:]))
+            raise ValueError(f"{type(self._net).__name__} refuses images of {size} pixels: {one_line(error)}") from None
+        self.traces = {mode: Trace(self._net, self.example, training=mode) for mode in (False, True)}
+
     def _names(self, taps: list[fx.Node]) -> list[str]:
         """Return a name for each tap: the outermost module that ends there and holds no other tap."""
         paths = [self._trace.modules.get(node, [self._trace.keys[node]]) for node in taps]
         inner = {path[0] for path in paths}
-        return [next((name for name in reversed(path) if sum(other.startswith(f"{name}.") for other in inner) <= 1), path[0]) for path in paths]
+        return [
+            next(
+                (name for name in reversed(path) if sum(other.startswith(f"{name}.") for other in inner) <= 1), path[0]
+            )
+            for path in paths
+        ]
 
     def _reason(self) -> str:
         """Return why modules of the network stand as one call, if some do."""
@@ -94,10 +107,14 @@ class Stages:
         if not found:
             what = "has no classifier" if name is None else f"has no layer {name} on the way to its logits"
             raise TraceError(f"{type(self._net).__name__} {what}")
-        inputs = {given: None for node in found.values() for given in node.all_input_nodes if given in self._trace.derived}
+        inputs = {
+            given: None for node in found.values() for given in node.all_input_nodes if given in self._trace.derived
+        }
         if len(inputs) != 1:
             names = ", ".join(sorted(found))
-            raise TraceError(f"{type(self._net).__name__} has several classifiers ({names}): name one with --classifier")
+            raise TraceError(
+                f"{type(self._net).__name__} has several classifiers ({names}): name one with --classifier"
+            )
         return list(found), next(iter(inputs))
 
     def _layer(self, node: fx.Node) -> str | None:
@@ -169,7 +186,9 @@ class Stages:
 
     def _has_layers(self, start: list[fx.Node], end: fx.Node) -> bool:
         """Say whether some layer lies between a node, or the image, and another one."""
-        between = [node for node in self._trace.data if self._before(start, node) and self._before([node], end, equal=True)]
+        between = [
+            node for node in self._trace.data if self._before(start, node) and self._before([node], end, equal=True)
+        ]
         return any(self._layer(node) for node in between)
 
 

@@ -1,6 +1,6 @@
-"""Which networks of timm can be cut and given auxiliary branches: two of every family, without weights, in seconds each.
+"""Which networks of timm can be given auxiliary branches: two of every family, on the meta device, in seconds each.
 
-    python tools/survey_timm.py [FAMILY ...] [--table FILE.md]
+python tools/survey_timm.py [FAMILY ...]
 """
 
 import argparse
@@ -25,7 +25,11 @@ def two_of_each(families: list[str]) -> list[tuple[str, str]]:
     for module in timm.list_modules():
         found[module] = timm.list_models(module=module)
     chosen = families or list(found)
-    return [(family, name) for family in chosen for name in dict.fromkeys((found[family][0], found[family][len(found[family]) // 2]))]
+    return [
+        (family, name)
+        for family in chosen
+        for name in dict.fromkeys((found[family][0], found[family][len(found[family]) // 2]))
+    ]
 
 
 def survey(name: str) -> str:
@@ -38,7 +42,9 @@ def survey(name: str) -> str:
     except ValueError as error:
         return f"no: {error}"
     reader = network.backbone.stage_reader
-    return f"{len(reader.taps)} taps: " + ", ".join(f"`{tap}` {'x'.join(map(str, shape))}" for tap, shape in zip(reader.taps, reader.shapes, strict=True))
+    return f"{len(reader.taps)} taps: " + ", ".join(
+        f"`{tap}` {'x'.join(map(str, shape))}" for tap, shape in zip(reader.taps, reader.shapes, strict=True)
+    )
 
 
 def main() -> None:
