@@ -6,8 +6,8 @@ PY := .venv/bin/python
 
 help:
 	@echo "make demo   distil a student on the handwritten digits and test it (under four minutes on two cores)"
-	@echo "make test   run all tests"
-	@echo "make lint   run the linter"
+	@echo "make test   run all tests (under eight minutes on two cores)"
+	@echo "make lint   check style and formatting"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -16,12 +16,12 @@ help:
 	touch $@
 
 demo: .venv/installed
-	$(PY) demo.py
+	$(PY) -m tools.demo
 
-# The tests of a GPU are skipped where there is none; all others keep to the CPU.
-# Two processes of one thread each take half the time of one process of two threads: the tests' networks are small.
+# Tests of a GPU are skipped where there is none; all others run on the CPU.
+# The tests' networks are small: two processes of one thread each are faster than one process of two threads.
 test: .venv/installed
-	$(PY) -m pytest -m cuda tests/test_fast.py
+	$(PY) -m pytest -m cuda $$(grep -l mark.cuda tests/test_*.py)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed

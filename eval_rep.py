@@ -11,14 +11,12 @@ Published for MobileNetV2 taught by VGG-13 on CIFAR-100: 74.66 on STL-10, 42.57 
 import torch
 from torch import nn
 
-import distributed
-import engine
-import loading
+import imagesets
+import methods
 import models
 import options
 import utils
-from augment import ResizedCropFlip
-from losses import CrossEntropyLoss
+from training import Trainer, launch
 
 SIZE = 32  # pixels a side that the backbones were trained on
 
@@ -28,9 +26,13 @@ class LinearProbe(nn.Module):
 
     def __init__(self, encoder, num_classes):
         super().__init__()
+        self.arch = encoder.arch
         # Not named `backbone`: what tests "the backbone" would take the source's own classifier for the probe.
         self.encoder = encoder.requires_grad_(False).eval()
         self.head = nn.Linear(encoder.head.in_features, num_classes)
+        if encoder.arch.startswith("mobilenet"):  # as its released code initialises linear layers
+            nn.init.normal_(self.head.weight, std=0.01)
+            nn.init.zeros_(self.head.bias)
 
     def train(self, mode=True):
         """Set the mode of the head; the encoder's BatchNorm statistics stand."""
@@ -48,8 +50,11 @@ class LinearProbe(nn.Module):
 def parse_args(argv=None):
     """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, "mobilenetV2", "stl10", epochs=100, milestones=(30, 60, 90))
-    parser.set_defaults(init_lr=0.1, weight_decay=0.0)
-    parser.add_argument("--s-path", type=options.path, required=True, help="weights of the backbone, or of a whole network")
+    parser.set_defaults(init_lr=0.1)
+    parser.recipe["weight_decay"] = 0.0
+    parser.add_argument(
+        "--s-path", type=options.path, required=True, help="weights of the backbone, or of a whole network"
+    )
     options.add_net(parser.add_argument, "--s-path")
     args = options.finish(parser, argv)
     # Neither auxiliary classifiers nor the other network of a pair have a part in this.
@@ -64,12 +69,14 @@ def parse_args(argv=None):
 def main(args, world):
     """Train and test the linear classifier."""
     utils.seed_all(args.manual_seed)
-    num_classes, _ = utils.weights_layout(args.s_path)  # a wrong path shows before the data is read
-    backbone = models.create(args.arch, num_classes)
-    utils.load_weights(backbone, args.s_path, args.net)
-    data = loading.load(args, world, lambda images: ResizedCropFlip(images.size, SIZE, flip=images.flip), SIZE)
-    engine.fit(args, world, LinearProbe(backbone, data.num_classes), CrossEntropyLoss(), data)
+    checkpoint = utils.Checkpoint(args.s_path)  # a wrong path shows before the data is read
+    args.digests = {args.s_path: checkpoint.digest}
+    backbone = models.create(args.arch, checkpoint.num_classes)
+    checkpoint.load_into(backbone, args.net)
+    data = imagesets.load(**options.data_settings(args), crop_size=SIZE, world=world)
+    probe = LinearProbe(backbone, data.num_classes)
+    Trainer(probe, methods.Supervised(), **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":
-    distributed.run(parse_args, main)
+    launch.run(parse_args, main)

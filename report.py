@@ -1,6 +1,9 @@
-"""Print a table of all runs, mean and std over seeds, beside the published results.
+"""Print a table of runs, mean and std over seeds, beside the published results.
 
-`python report.py [FOLDER ..] [--markdown FILE] [--csv FILE] [--plot FILE]`; default: all below ./checkpoint.
+    python report.py [FOLDER | FILE.jsonl ...] [--markdown FILE] [--csv FILE] [--plot FILE]
+
+A folder stands for all run folders below it; the default is ./checkpoint. A line of a .jsonl file is a run: an object
+with `args` (its args.json) and `log` (the list of its epochs).
 """
 
 import csv
@@ -12,242 +15,193 @@ from pathlib import Path
 from typing import NamedTuple
 
 import options
-import published
-from published import is_joint, read_json, source_args
-from runs import FREE_ARGUMENTS, read_log
-from utils import warn
+from tools.published import Label, label_of, lookup
+from training.run_folder import FREE_ARGUMENTS, read_json, read_log
+from utils import UserError, warn
 
 COLUMNS = [
     *("script", "network", "method", "data set", "settings", "epochs", "seeds"),
     *("last top-1", "best top-1", "images/s", "published"),
 ]
-# Where and on what a run was made does not set it apart from another, nor does its seed.
+# Where a run was made does not set it apart from another, nor does its seed.
 NOT_SETTINGS = FREE_ARGUMENTS - {"epochs", "tcheckpoint", "pretrained_backbone"} | {"manual_seed"}
+NEEDED = {"script", "arch", "dataset", "epochs", "manual_seed"}
 
 
 class Run(NamedTuple):
-    """One run folder: its path, the flat dict of args.json and the epochs of log.jsonl in order."""
+    """One run: the dict of its args.json and the records of its epochs in order."""
 
-    folder: Path
     args: dict
-    epochs: list
+    epochs: list[dict]
 
     @property
-    def length(self):
-        """The epochs of its schedule."""
-        return int(self.args.get("epochs") or 1)
+    def finished(self) -> bool:
+        """Whether the last epoch of the schedule is logged."""
+        return len(self.epochs) >= self.args["epochs"]
 
     @property
-    def finished(self):
-        """Whether the last epoch is logged."""
-        return len(self.epochs) >= self.length
+    def seed(self) -> str:
+        """The seed, in brackets if the run is unfinished."""
+        return str(self.args["manual_seed"]) if self.finished else f"({self.args['manual_seed']})"
 
 
-class Label(NamedTuple):
-    """What was trained, as it is shown: runs with equal labels differ in their settings at most."""
-
-    script: str
-    network: str
-    method: str
-    data: str
-
-
-def find_runs(folders):
-    """Return the runs in and below the folders; a folder whose args.json is missing or broken is named on stderr."""
-    found = {
-        path.parent.resolve() for folder in folders for name in ("args.json", "log.jsonl") for path in Path(folder).rglob(name)
-    }
+def find_runs(paths: list[Path]) -> list[Run]:
+    """Return the runs in the .jsonl files and below the folders; UserError for a path without any."""
     runs = []
-    for folder in sorted(found):
-        try:
-            run = Run(folder, read_json(folder / "args.json"), read_log(folder / "log.jsonl"))
-            if run.length < 1 or not all(text.isprintable() for text in label_of(run.args)):
-                raise ValueError("no settings of a run here")
-            runs.append(run)
-        except (AttributeError, TypeError, ValueError, OverflowError):
-            warn(f"report: {folder} has no readable args.json: left out")
+    for path in paths:
+        found = read_results(path) if path.is_file() else [read_run(file) for file in sorted(path.rglob("args.json"))]
+        if not any(found):
+            raise UserError(f"no runs in {path}")
+        runs += filter(None, found)
     return runs
 
 
-def label_of(args):
-    """Return the Label of a run; a method learned from a jointly trained teacher is starred."""
-    script, method = Path(str(args.get("script"))).stem, args.get("method")
-    origin = source_args(args["s_path"]) if script == "eval_rep" and args.get("s_path") else args
-    tarch, arch = origin.get("tarch"), args.get("arch")
-    if script.startswith("train_teacher"):
-        method = "frozen" if args.get("freezed") else "joint"
-    elif script.startswith(("train_student", "eval_rep")) and tarch:
-        method = (origin.get("method") or "hsakd") + "*" * is_joint(origin)
-    data = str(args.get("dataset"))
-    if args.get("few_ratio") is not None:
-        data += f" ({float(args['few_ratio']):.0%})"
-    return Label(script, f"{tarch} -> {arch}" if tarch else str(arch), method or "", data)
+def read_results(file: Path) -> list[Run]:
+    """Return the runs of a .jsonl file; UserError if it is something else."""
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [Run(line["args"], line["log"]) for line in lines]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} holds no results: every line must be an object with args and log") from None
 
 
-def settings_of(args):
-    """Return what sets a run apart as a dict of strings; a path is cut to file and folder and loses its seed."""
-    kept = {name: value for name, value in args.items() if name not in NOT_SETTINGS and str(value) not in ("None", "False", "")}
-    return {name: re.sub(r"seed\d+", "seed", "/".join(str(value).split("/")[-2:])) for name, value in kept.items()}
+def read_run(file: Path) -> Run | None:
+    """Return the run of an args.json; None, and a warning, if it is none."""
+    args = read_json(file) or {}
+    if args.keys() >= NEEDED:
+        return Run(args, read_log(file.parent / "log.jsonl"))
+    warn(f"report.py: left out {file}: not the arguments of a run")
+    return None
 
 
-def is_number(value):
-    """Tell whether a logged value is a number that can be averaged rather than missing."""
-    return isinstance(value, int | float) and abs(value) < 1e15  # nor NaN
+def settings_of(args: dict) -> dict[str, str]:
+    """Return what sets a run apart; paths are cut to their last two parts, without seeds."""
+    kept = {key: str(value) for key, value in args.items() if value and key not in NOT_SETTINGS}
+    return {key: re.sub(r"seed\d+", "seed", "/".join(value.split("/")[-2:])) for key, value in kept.items()}
 
 
-def mean_std(values):
-    """Return `mean±std` of the numbers among the values (ddof = 1; no std for a single one), or a dash."""
-    values = [value for value in values if is_number(value)]
+def group(runs: list[Run]) -> list[tuple[Label, str, list[Run]]]:
+    """Return (label, settings, runs of several seeds); the settings name what runs of one label differ in."""
+    labels = {}
+    for run in runs:
+        variant = tuple(sorted(settings_of(run.args).items()))
+        labels.setdefault(label_of(run.args), {}).setdefault(variant, []).append(run)
+    groups = []
+    for label, variants in sorted(labels.items()):
+        common = set.intersection(*map(set, variants))
+        for variant, members in sorted(variants.items()):
+            own = set(variant) - common
+            shown = [f"{key} {value}" for key, value in variant if key == "limit_batches" or (key, value) in own]
+            groups.append((label, ", ".join(shown), members))
+    return groups
+
+
+def mean_std(values) -> str:
+    """Return `mean±std` (n - 1) of the numbers among the values, or a dash."""
+    values = [value for value in values if value is not None]
     if not values:
         return "-"
     return f"{statistics.mean(values):.2f}" + (f"±{statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def best_top1(run):
-    """Return the test top-1 of the epoch that the run selected, or None."""
-    last = run.epochs[-1]
-    chosen = next((entry for entry in run.epochs if entry["epoch"] == last.get("best/epoch")), {})
-    return chosen.get("test/top1", last.get("best/top1"))
+def best_top1(run: Run) -> float | None:
+    """Return the test top-1 of the epoch that the run selected."""
+    chosen = run.epochs[-1].get("best/epoch")
+    return next((entry.get("test/top1") for entry in run.epochs if entry["epoch"] == chosen), None)
 
 
-def make_row(label, settings, runs, table):
-    """Return the cells of one row: runs that differ in the seed only; of those, the finished ones are averaged."""
+def make_row(label: Label, settings: str, runs: list[Run]) -> list[str]:
+    """Return the cells of the runs of one row; the finished ones are averaged, if there are any."""
     args, started = runs[0].args, [run for run in runs if run.epochs]
     averaged = [run for run in started if run.finished] or started
     done = sorted({len(run.epochs) for run in runs})
-    epochs = "-".join(str(count) for count in dict.fromkeys((done[0], done[-1])))
-    seeds = [str(run.args.get("manual_seed")) if run.finished else f"({run.args.get('manual_seed')})" for run in runs]
-    last = mean_std(run.epochs[-1].get("test/top1") for run in averaged)
-    best = mean_std(map(best_top1, averaged)) + (" (val)" if args.get("val_split") else "")
-    speeds = [
-        entry["images_per_second"] for run in started for entry in run.epochs if is_number(entry.get("images_per_second"))
-    ]
-    speed = f"{statistics.median(speeds):.0f}" if speeds else "-"
+    speeds = [entry["images_per_second"] for run in started for entry in run.epochs if entry.get("images_per_second")]
     return [
-        *label,
-        settings,
-        f"{epochs}/{args.get('epochs')}",
-        " ".join(sorted(seeds, key=lambda seed: (len(seed), seed))),
-        last,
-        best,
-        speed,
-        published.lookup(label, args, table),
+        *(*label, settings),
+        "-".join(map(str, dict.fromkeys((done[0], done[-1])))) + f"/{args['epochs']}",
+        " ".join(sorted((run.seed for run in runs), key=lambda seed: (len(seed), seed))),
+        mean_std(run.epochs[-1].get("test/top1") for run in averaged),
+        mean_std(map(best_top1, averaged)) + (" (val)" if args.get("val_split") else ""),
+        f"{statistics.median(speeds):.0f}" if speeds else "-",
+        lookup(label),
     ]
 
 
-def group(runs):
-    """Return [(label, settings text, runs)], the text with the tag, a trial's limit and what equal labels differ in."""
-    labels = {}
-    for run in runs:
-        settings = settings_of(run.args)
-        labels.setdefault(label_of(run.args), {}).setdefault(tuple(sorted(settings.items())), []).append(run)
-    groups = []
-    for label, variants in sorted(labels.items()):
-        common = set.intersection(*(set(variant) for variant in variants))
-        for variant, members in sorted(variants.items()):
-            shown = [
-                f"{name} {value}"
-                for name, value in variant
-                if name in ("tag", "limit_batches") or (name, value) not in common and name != "epochs"
-            ]
-            groups.append((label, ", ".join(shown), members))
-    return groups
-
-
-def caption(runs, rows):
-    """Return the sentences below the table of `rows`."""
-    split = [bool(run.args.get("val_split")) for run in runs]
+def caption(runs: list[Run]) -> str:
+    """Return the sentences below the table."""
     lines = ["Top-1 in percent, mean±std (n - 1) over seeds; * = jointly trained teacher."]
-    if not all(split):
-        lines.append("best: epoch selected on the test set, as in the published results.")
-    if any(split):
-        lines.append("best (val): epoch selected on held-out training data.")
+    lines += ["last: after the last epoch, selected by nothing."]
+    if not all(run.args.get("val_split") for run in runs):
+        lines += ["best: at the epoch selected on the test set, as in the published results; optimistic."]
+    if any(run.args.get("val_split") for run in runs):
+        lines += ["best (val): at the epoch selected on held-out training images."]
     if any(run.epochs and "test/net1/top1" in run.epochs[-1] for run in runs):
-        lines.append("A mutual pair counts by the network that is better on the images that select the best epoch.")
-    if any(row[-1].endswith("teacher)") for row in rows):
-        lines.append("published ... (... teacher): with another kind of teacher than these runs'.")
+        lines += ["A mutual pair counts as its better network, chosen on the same images as the best epoch."]
     if not all(run.finished for run in runs):
-        lines.append("Seeds in brackets are unfinished; they count only where no seed of the row is finished.")
+        lines += ["Seeds in brackets are unfinished and count only if no seed of their row is finished."]
     return " ".join(lines)
 
 
-def align(rows, separator, pad=str.ljust):
+def align(rows: list[list[str]], separator: str = "  ") -> list[str]:
     """Return the lines of a table with columns of equal width."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [separator.join(pad(text, width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [separator.join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def write_markdown(path, rows, note):
+def write_markdown(path: Path, rows: list[list[str]], note: str) -> None:
     """Write the table and its caption as Markdown."""
-    cells = [[text.replace("|", "\\|") for text in row] for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
-    path.write_text("\n".join(f"| {line} |" for line in align(cells, " | ")) + f"\n\n{note}\n", encoding="utf-8")
+    lines = align([rows[0], ["---"] * len(rows[0]), *rows[1:]], " | ")
+    path.write_text("\n".join(f"| {line} |" for line in lines) + f"\n\n{note}\n", encoding="utf-8")
 
 
-def write_csv(path, rows):
-    """Write the table as comma-separated values."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-
-
-def plot(path, groups):
-    """Draw test top-1 against the epoch, a labelled line a run; ImportError without matplotlib."""
+def plot(path: Path, groups: list[tuple[Label, str, list[Run]]]) -> None:
+    """Draw test top-1 against the epoch, a line a run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6))
     axes = figure.subplots()
     for label, settings, runs in groups:
         for run in runs:
-            points = [(entry["epoch"], entry["test/top1"]) for entry in run.epochs if is_number(entry.get("test/top1"))]
-            name = " ".join(filter(None, (*label, settings, f"seed {run.args.get('manual_seed')}")))
-            axes.plot(*([point[i] for point in points] for i in (0, 1)), marker=".", markersize=4, label=name)
+            points = [(entry["epoch"], entry["test/top1"]) for entry in run.epochs]
+            name = " ".join(filter(None, (*label, settings, f"seed {run.seed}")))
+            axes.plot(*zip(*points, strict=True), marker=".", markersize=4, label=name)
     axes.set(xlabel="epoch", ylabel="test top-1 (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def path(text):
-    """Return a path of the command line."""
-    return Path(options.path(text))
+def parse_args(argv=None):
+    """Return the command line's arguments."""
+    parser = options.Parser(__doc__, prog="report.py")
+    parser.add_argument(
+        "paths", nargs="*", type=Path, metavar="FOLDER | FILE.jsonl", help="instead of --checkpoint-dir"
+    )
+    parser.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoint"))
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as comma-separated values")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the learning curves")
+    return parser.parse_args(argv)
 
 
-def parse_args():
-    """Return the command line arguments and what ends the program in one line and exit status 2."""
-    parser = options.Parser(__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="*", type=path, help="instead of --checkpoint-dir")
-    parser.add_argument("--checkpoint-dir", type=path, default=Path("checkpoint"))
-    parser.add_argument("--markdown", type=path, metavar="FILE", help="write the table as Markdown")
-    parser.add_argument("--csv", type=path, metavar="FILE", help="write the table as comma-separated values")
-    parser.add_argument("--plot", type=path, metavar="FILE", help="draw the learning curves (needs matplotlib)")
-    return parser.parse_args(), parser.error
-
-
-def main():
-    """Print the table and write the files asked for; exit status 2 after one line on stderr if that is not possible."""
-    args, stop = parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # folder names need not be text, nor every terminal know "±"
-    folders = args.folders or [args.checkpoint_dir]
-    try:
-        runs = find_runs(folders)
-        for folder in folders:
-            if not any(run.folder.is_relative_to(folder.resolve()) for run in runs):
-                raise ValueError(f"no runs below {folder}")
-        table = json.loads(published.TABLE.read_text())
-        groups = group(runs)
-        rows = [COLUMNS, *(make_row(*entry, table) for entry in groups)]
-        note = caption(runs, rows)
-        print("\n".join([*align(rows, "  "), "", note]))
-        if args.markdown:
-            write_markdown(args.markdown, rows, note)
-        if args.csv:
-            write_csv(args.csv, rows)
-        if args.plot:
-            plot(args.plot, groups)
-    except ImportError:
-        stop("--plot needs matplotlib: pip install matplotlib")
-    except (OSError, ValueError) as error:
-        stop(error)
+def main(args) -> None:
+    """Print the table and write the files asked for."""
+    groups = group(find_runs(args.paths or [args.checkpoint_dir]))
+    rows = [COLUMNS, *(make_row(*entry) for entry in groups)]
+    note = caption([run for _, _, runs in groups for run in runs])
+    print("\n".join([*align(rows), "", note]))
+    if args.markdown:
+        write_markdown(args.markdown, rows, note)
+    if args.csv:
+        with args.csv.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+    if args.plot:
+        plot(args.plot, groups)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(parse_args())
+    except (OSError, UserError) as error:
+        warn(f"report.py: error: {error}")
+        sys.exit(2)

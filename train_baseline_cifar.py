@@ -6,13 +6,12 @@ Recipe: 240 epochs, batch 64, lr 0.05 (0.01 for MobileNetV2 and the ShuffleNets)
 Published on CIFAR-100: WRN-16-2 73.57, ResNet-20 69.62, ResNet8x4 72.95 (mean of three runs, best test epoch).
 """
 
-import distributed
-import engine
-import loading
+import imagesets
+import methods
 import models
 import options
 import utils
-from losses import CrossEntropyLoss
+from training import Trainer, launch
 
 
 def parse_args(argv=None):
@@ -30,10 +29,10 @@ def parse_args(argv=None):
 def main(args, world):
     """Train the baseline."""
     utils.seed_all(args.manual_seed)
-    data = loading.load(args, world)
+    data = imagesets.load(**options.data_settings(args), world=world)
     model = models.create(args.arch, data.num_classes)
-    engine.fit(args, world, model, CrossEntropyLoss(), data)
+    Trainer(model, methods.Supervised(), **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":
-    distributed.run(parse_args, main)
+    launch.run(parse_args, main)

@@ -6,31 +6,28 @@ Recipe: 240 epochs, batch 64 (times 4 views), lr 0.05 (0.01 for MobileNetV2 and 
 Published on CIFAR-100: WRN-40-2 82.58, ResNet-56 78.16, ResNet-32x4 84.91, VGG-13 80.44, MobileNetV2 78.85.
 """
 
-import distributed
-import engine
-import loading
+import imagesets
+import methods
 import models
 import options
 import utils
-from losses import MutualLoss
+from training import Trainer, launch
 
 
 def parse_args(argv=None):
     """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, arch="WRN_40_2_WRN_40_2")
-    options.add_temperature(parser)
-    args = options.finish(parser, argv)
-    options.require_pair(parser, args)
-    return args
+    return methods.finish_online(parser, argv)
 
 
 def main(args, world):
     """Train the pair."""
     utils.seed_all(args.manual_seed)
-    data = loading.load(args, world)
+    data = imagesets.load(**options.data_settings(args), world=world)
     pair = models.create(args.arch, data.num_classes)
-    engine.fit(args, world, pair, MutualLoss(args.kd_T), data)
+    objective = methods.HSSAKD(**methods.constants_of(args, methods.HSSAKD))
+    Trainer(pair, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":
-    distributed.run(parse_args, main)
+    launch.run(parse_args, main)

@@ -7,19 +7,16 @@ Recipe: 100 epochs, batch 256 over all GPUs (times 4 views), lr 0.1, no Nesterov
 Published: ResNet-18 71.49 (69.75 alone).
 """
 
-import distributed
+import methods
 import options
 from train_online_kd_cifar import main
+from training import launch
 
 
 def parse_args(argv=None):
     """Parse the command line."""
-    parser = options.imagenet_parser(__file__, __doc__, arch="resnet18_resnet18")
-    options.add_temperature(parser)
-    args = options.finish(parser, argv)
-    options.require_pair(parser, args)
-    return args
+    return methods.finish_online(options.imagenet_parser(__file__, __doc__, arch="resnet18_resnet18"), argv)
 
 
 if __name__ == "__main__":
-    distributed.run(parse_args, main)
+    launch.run(parse_args, main)

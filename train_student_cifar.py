@@ -7,29 +7,33 @@ Recipe: 240 epochs, batch 64 (times 4 views), lr 0.05 (0.01 for MobileNetV2 and 
 Published on CIFAR-100, WRN-40-2 -> WRN-16-2: HSAKD 78.67 with a joint teacher, 77.20 with a frozen one.
 """
 
-import distributed
-import engine
-import loading
+import imagesets
 import methods
+import models
 import options
 import utils
+from training import Trainer, launch
 
 
 def parse_args(argv=None):
     """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, arch="wrn_16_2_aux")
-    methods.add_arguments(parser)
+    methods.add_method(parser, argv)
     return methods.finish(parser, argv)
 
 
 def main(args, world):
     """Train the student."""
     utils.seed_all(args.manual_seed)
-    utils.weights_layout(args.tcheckpoint)  # a wrong path shows before the data is read
-    data = loading.load(args, world)
-    student, objective = methods.create_pair(args, data.test)
-    engine.fit(args, world, student, objective, data)
+    method, checkpoint = methods.find(args.method), utils.Checkpoint(args.tcheckpoint)
+    args.digests = {args.tcheckpoint: checkpoint.digest}
+    data = imagesets.load(**options.data_settings(args), world=world)
+    imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
+    teacher = methods.load_teacher(method, args.tarch, checkpoint, data.num_classes, args.net)
+    student = models.create(args.arch, data.num_classes, method.rotations)
+    objective = method(teacher, **methods.constants_of(args, method))
+    Trainer(student, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":
-    distributed.run(parse_args, main)
+    launch.run(parse_args, main)

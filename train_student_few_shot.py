@@ -7,19 +7,19 @@ The student's recipe of train_student_cifar.py; the share is scikit-learn's Stra
 Published on CIFAR-100, ResNet-56 -> ResNet-20: 68.50 at 25 %, 72.18 at 50 %, 73.26 at 75 %, 73.73 at 100 %.
 """
 
-import distributed
 import methods
 import options
 from train_student_cifar import main
+from training import launch
 
 
 def parse_args(argv=None):
     """Parse the command line."""
-    parser = options.training_parser(__file__, __doc__, arch="resnet20_aux")
-    methods.add_arguments(parser, tarch="resnet56_aux")
-    options.add_few_ratio(parser, default=1.0)
+    parser = options.training_parser(__file__, __doc__, arch="wrn_16_2_aux")
+    methods.add_method(parser, argv)
+    options.add_few_ratio(parser, default=0.25)
     return methods.finish(parser, argv)
 
 
 if __name__ == "__main__":
-    distributed.run(parse_args, main)
+    launch.run(parse_args, main)

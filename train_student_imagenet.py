@@ -1,6 +1,6 @@
 r"""Distil a trained ImageNet teacher into a student.
 
-    python train_student_imagenet.py --tarch resnet34_imagenet_aux --arch resnet18_imagenet_aux --data ./data/ImageNet/ \
+    python train_student_imagenet.py --tarch resnet34_imagenet_aux --arch resnet18_imagenet_aux --data ./data/ImageNet \
         --tcheckpoint ./checkpoint/train_teacher_imagenet_arch_resnet34_aux_dataset_imagenet_seed1/\
 resnet34_imagenet_aux_best.pth.tar --multiprocessing-distributed --gpu-id 0,1,2,3,4,5,6,7 --manual_seed 1
 
@@ -8,18 +8,18 @@ Recipe: 100 epochs, batch 256 over all GPUs (times 4 views), lr 0.1, no Nesterov
 Published, ResNet-34 -> ResNet-18: 72.16 with a frozen teacher, 72.39 with a joint one (69.75 alone).
 """
 
-import distributed
 import methods
 import options
 from train_student_cifar import main
+from training import launch
 
 
 def parse_args(argv=None):
     """Parse the command line."""
     parser = options.imagenet_parser(__file__, __doc__, arch="resnet18_imagenet_aux")
-    methods.add_arguments(parser, tarch="resnet34_imagenet_aux")
+    methods.add_method(parser, argv, tarch="resnet34_imagenet_aux")
     return methods.finish(parser, argv)
 
 
 if __name__ == "__main__":
-    distributed.run(parse_args, main)
+    launch.run(parse_args, main)

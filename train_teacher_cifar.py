@@ -7,13 +7,12 @@ Recipe: jointly 240 epochs, x0.1 at 150/180/210; frozen 100 epochs, x0.1 at 30/6
 Published on CIFAR-100 (joint): WRN-40-2 80.70, ResNet-56 77.20, ResNet32x4 83.73, VGG-13 78.48, ResNet-50 83.85.
 """
 
-import distributed
-import engine
-import loading
+import imagesets
+import methods
 import models
 import options
 import utils
-from losses import TeacherLoss
+from training import Trainer, launch
 
 
 def parse_args(argv=None):
@@ -30,15 +29,16 @@ def parse_args(argv=None):
 def main(args, world):
     """Train the teacher."""
     utils.seed_all(args.manual_seed)
-    data = loading.load(args, world)
+    data = imagesets.load(**options.data_settings(args), world=world)
     model = models.create(args.arch, data.num_classes, args.rotations)
     if args.pretrained_backbone:
-        content = utils.load_weights(model.backbone, args.pretrained_backbone)
-        loading.warn_of_other_data(content, data.test, args.pretrained_backbone)
+        checkpoint = utils.load_weights(model.backbone, args.pretrained_backbone)
+        imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
+        args.digests = {args.pretrained_backbone: checkpoint.digest}
     if args.freezed:
         model.freeze_backbone()
-    engine.fit(args, world, model, TeacherLoss(), data)
+    Trainer(model, methods.Teacher(), **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":
-    distributed.run(parse_args, main)
+    launch.run(parse_args, main)

@@ -9,9 +9,9 @@ Recipe: 100 epochs, batch 256 over all GPUs (times 4 views), lr 0.1, no Nesterov
 Published: ResNet-34 73.31 (frozen, torchvision's), 75.48 (joint).
 """
 
-import distributed
 import options
 from train_teacher_cifar import main
+from training import launch
 
 
 def parse_args(argv=None):
@@ -25,4 +25,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    distributed.run(parse_args, main)
+    launch.run(parse_args, main)

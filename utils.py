@@ -1,8 +1,13 @@
-"""Weights, checkpoints, seeds, users' mistakes and the learning-rate schedule."""
+"""Users' mistakes, seeds, this process's place in a run, and the reading and writing of weights."""
 
+import argparse
+import collections
+import contextlib
+import functools
 import hashlib
 import math
 import os
+import pathlib
 import pickle
 import platform
 import random
@@ -10,236 +15,263 @@ import re
 import sys
 import warnings
 import zipfile
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 import models
-import pickles
-from objective import unwrap
-
-HEAD_WEIGHT = r"(fc\d?|linear|classifier)\.weight$"  # the last layer of every network here
+from models import state_dicts
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: shown as one line, exit status 2."""
+    """A mistake that the user can mend: printed as one line, exit status 2."""
 
 
-def is_first_process():
+class World(NamedTuple):
+    """This process's place in a run: `rank` of `size` processes, computing on `device`."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+
+def is_first_process() -> bool:
     """Return whether this is rank 0 or a process without a launcher; known before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def available_cores():
+def available_cores() -> int:
     """Return the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def seed_all(seed):
+def seed_all(seed: int) -> None:
     """Seed every generator that initial weights or data could draw from."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def learning_rate(args, epoch, progress=0.0):
-    """Return the rate at `epoch` (from 0), a share `progress` of it done: linear warm-up, then x0.1 at each milestone.
-
-    A step counts as done, so that the first one of a warm-up has a rate above 0.
-    """
-    if epoch < args.warmup_epoch:
-        return args.init_lr * (epoch + progress) / args.warmup_epoch
-    return args.init_lr * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
-
-
-def first_line(error):
-    """Return the first line of an error's message, shortened, with its type before one without letters: `KeyError 101`."""
-    if isinstance(error, EOFError) and not str(error):
-        return "it ends too early"
-    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # torch's own message begins with advice
-    text = (text.strip().splitlines() or [""])[0][:120]
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, shortened, with the error's type if it has no letters."""
+    text = (str(error).strip().splitlines() or [""])[0][:160]
     return text if re.search("[a-zA-Z]", text) else f"{type(error).__name__} {text}".strip()
 
 
-def warn(text):
-    """Print `text` on stderr at once, in one line: the name of a class, a file or a key of foreign weights may have several."""
-    print(" ".join(str(text).splitlines()), file=sys.stderr, flush=True)
+def warn(text: object) -> None:
+    """Print `text` as one line on stderr, in the first process only."""
+    if is_first_process():
+        print(" ".join(str(text).splitlines()), file=sys.stderr, flush=True)
 
 
-def check_format(path):
-    """Raise UserError unless the file at `path` begins as PyTorch's do: a zip archive or, before PyTorch 1.6, a pickle."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if not start:
-        raise UserError(f"{path}: an empty file")
-    if not start.startswith((b"PK", b"\x80")):
-        raise UserError(f"{path}: not a PyTorch file (it begins with {str(start)[1:]})")
+def print_main(text: object) -> None:
+    """Print `text` in the first process only."""
+    if is_first_process():
+        print(text, flush=True)
 
 
-def read_checkpoint(path):
-    """Return the dict stored at `path`, read without executing anything; raise UserError when it is missing or broken."""
-    if not path or not os.path.isfile(path):
-        raise UserError(f"{path} is a folder, not a file" if path and os.path.isdir(path) else f"no such file: {path}")
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the bare network inside DataParallel (`.module`) and torch.compile (`._orig_mod`), in any order."""
+    while hasattr(model, "_orig_mod") or hasattr(model, "module"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import torchvision
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {name: str(version) for name, version in found.items()}
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """Return a short text that tells weights apart by their names and values."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def safe_globals() -> list:
+    """Return what a checkpoint may hold beside tensors: numpy's numbers, parsed arguments, paths, default dicts."""
+    kinds = [np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")]
+    allowed = [np.dtype, np.ndarray, *(type(kind) for kind in kinds), argparse.Namespace, collections.defaultdict, dict]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and of numpy 2
+        allowed += [(np._core.multiarray.scalar, f"{module}.scalar")]
+        allowed += [(np._core.multiarray._reconstruct, f"{module}._reconstruct")]
+    for module in ("pathlib", "pathlib._local"):  # the latter in Python 3.13; the pure paths open nothing
+        allowed += [(pathlib.PurePosixPath, f"{module}.PosixPath"), (pathlib.PureWindowsPath, f"{module}.WindowsPath")]
+    return allowed
+
+
+def read_file(path: str | os.PathLike) -> dict:
+    """Return the dict stored at `path`, read without executing anything; UserError if it is missing or broken."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is a folder, not a file" if os.path.isdir(path) else f"no such file: {path}")
     try:
-        check_format(path)
-        damaged = None
+        with open(path, "rb") as file:
+            start = file.read(64)
+        if start[8:9] == b"{":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        check_start(path, start)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch reads without comparing checksums
-        known = [(stand_in, name) for name, stand_in in pickles.CHECKPOINT.items()]
-        with torch.serialization.safe_globals(known), warnings.catch_warnings():
+                damaged = archive.testzip()  # torch.load does not compare the checksums
+            if damaged:
+                raise UserError(f"{path}: corrupt (the checksum of {damaged} does not fit)")
+        with torch.serialization.safe_globals(safe_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
-        # PyTorch's message hides the name in advice, and gives the number of an opcode, no more.
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else first_line(error)
-        reason = re.sub(r"^Unsupported operand.*", "damaged, or no checkpoint that torch.save wrote", reason)
-        raise UserError(f"{path}: not a checkpoint that loads safely ({reason})") from None
-    except PermissionError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except Exception as error:  # damaged files make the unpickler fail in a dozen ways
+        raise UserError(f"{path}: {refusal(error)}") from None
+    except Exception as error:  # damaged files fail in a dozen ways
         raise UserError(f"{path}: corrupt or not a checkpoint ({first_line(error)})") from None
-    if damaged:
-        raise UserError(f"{path}: corrupt (the checksum of {damaged} does not fit)")
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
-def state_dict_of(content, path):
-    """Return the plain state dict within a checkpoint: under `net`, `state_dict` or `model`, or the dict itself."""
-    for key in ("net", "state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    state = {}
-    for name, value in content.items():
-        if not isinstance(name, str) or not torch.is_tensor(value):
-            continue
-        key = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-        if key in state:
-            raise UserError(f"{path}: holds {key} twice, under several prefixes")
-        state[key] = value
-    if not state:
-        raise UserError(f"{path}: holds no weights")
-    check_values(state, path)
-    return state
+def check_start(path: str | os.PathLike, start: bytes) -> None:
+    """Raise UserError unless a file that begins with `start` can be PyTorch's: a zip archive or, if old, a pickle."""
+    if not start:
+        raise UserError(f"{path}: an empty file")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a git-lfs pointer, not the weights: fetch them with `git lfs pull`")
+    if start.lstrip().startswith(b"<"):
+        raise UserError(f"{path}: a web page, not weights: download the file itself")
+    if not start.startswith((b"PK", b"\x80")):
+        raise UserError(f"{path}: not a PyTorch file (it begins with {str(start[:9])[1:]})")
 
 
-def check_values(state, path):
-    """Raise UserError unless a state dict from `path` holds plain tensors of finite floating-point numbers."""
-    for key, value in state.items():
-        plain = value.layout == torch.strided and not (value.is_nested or value.is_meta or value.is_quantized)
-        if not plain or not (value.is_floating_point() or key.endswith("num_batches_tracked")):
-            raise UserError(f"{path}: {key} is no plain tensor of floating-point numbers")
-        value = value.float()  # float8 has neither isfinite nor comparisons
-        if not value.isfinite().all():
-            raise UserError(f"{path}: {key} holds values that are not finite")
-        if key.endswith("running_var") and (value < 0).any():
-            raise UserError(f"{path}: {key} holds negative variances")
+def refusal(error: pickle.UnpicklingError) -> str:
+    """Return why PyTorch's safe reader refused a file, without its advice to switch the safety off."""
+    asked = re.search(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)", str(error))
+    if not asked:
+        return "damaged, or not a checkpoint that torch.save wrote"
+    name = asked[1] or asked[2]
+    advice = (
+        "for a whole pickled model, run `torch.save(model.state_dict(), FILE)` where its code is, and load that file"
+    )
+    return f"refused: it asks to run {name}; {advice}"
 
 
-def part_of(state, wanted, net=1):
-    """Return the part of `state` that has a network's keys `wanted`: all of it, one network of a pair, or a backbone.
+class Checkpoint:
+    """A file of weights, read once and safely, in any published layout; asked for what it knows.
 
-    Other keys stay, to be reported as unexpected, unless they belong to the rest of an auxiliary network or a pair.
+    `content` is the file's dict, `state` its plain state dict without wrappers' prefixes. `key` names the dict of
+    weights in a file that holds several (`--weights-key`).
     """
-    for prefix in ("", f"net{net}.", "backbone.", f"net{net}.backbone."):
-        part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        if wanted & part.keys():
-            rest = r"net[12]\.|backbone\.|auxiliary_classifier\."
-            return {**{k: v for k, v in state.items() if not (prefix and re.match(rest, k))}, **part}
-    return state
+
+    def __init__(self, path: str | os.PathLike, key: str | None = None):
+        self.path = path
+        self.content = read_file(path)
+        with self.errors_named():
+            found, ema = state_dicts.find(self.content, key)
+            self.state, counters = state_dicts.clean(found)
+        if ema:
+            warn(f"{path}: using the EMA weights, {ema} (--weights-key chooses others)")
+        if counters:
+            warn(f"{path}: left out {len(counters)} counters that are no weights ({counters[0]})")
+
+    @contextlib.contextmanager
+    def errors_named(self) -> Iterator[None]:
+        """Turn a ValueError about the weights into a UserError that names the file."""
+        try:
+            yield
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from None
+
+    @property
+    def arch(self) -> str | None:
+        """The network's name, if the file records it."""
+        return self.content.get("arch") if isinstance(self.content.get("arch"), str) else None
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the file says of its training images: class names, size, mean, std; empty for other people's files."""
+        return self.content["info"] if isinstance(self.content.get("info"), dict) else {}
+
+    @property
+    def best_net(self) -> int | None:
+        """The better network of a mutual pair, 1 or 2, if the file names it."""
+        best = self.content.get("best")
+        return best.get("net") if isinstance(best, dict) else None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A short text that tells weights apart by their names and values."""
+        return digest(self.state)
+
+    @functools.cached_property
+    def widths(self) -> tuple[int, int | None]:
+        """The number of classes, and the views that the heads tell apart (None for a plain backbone)."""
+        recorded = self.content.get("num_classes")
+        with self.errors_named():
+            return state_dicts.widths(self.state, recorded if isinstance(recorded, int) else None)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return self.widths[0]
+
+    @property
+    def rotations(self) -> int | None:
+        """The views that the auxiliary heads tell apart, 4 (HSAKD) or 1 (DPCD); None for a plain backbone."""
+        return self.widths[1]
+
+    @property
+    def recorded(self) -> dict[str, float]:
+        """Epoch and accuracy that the file records, as numbers."""
+        found = {}
+        for key in ("epoch", "acc"):
+            value = self.content.get(key)
+            if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+                value = value.item()
+            if isinstance(value, (int, float)):
+                found[f"recorded_{key}"] = value
+        return found
+
+    def load_into(self, model: nn.Module, net: int | None = None) -> None:
+        """Load the weights into `model`, strictly; a backbone takes its part of an auxiliary network or of a pair.
+
+        `net` (1 or 2) chooses the network of a mutual pair, by default the better one if the file names it, else 1.
+        UserError names the first keys that do not fit, or the architecture if the file's is another one.
+        """
+        if net == 2 and not any(key.startswith("net2.") for key in self.state):
+            raise UserError(f"{self.path}: --net 2: these weights are not a mutual pair's")
+        model = unwrap(model)
+        with self.errors_named():
+            state_dicts.load(model, state_dicts.part_of(self.state, model.state_dict(), net or self.best_net or 1))
+        with contextlib.suppress(ValueError, AttributeError, TypeError):  # a name that is not known here
+            theirs, ours = models.backbone_name(self.arch), models.backbone_name(model.arch)
+            if theirs != ours:  # mobilenetV2's weights fit mobilenetV2_s2
+                raise UserError(f"{self.path}: weights of {theirs}, not of {ours}")
 
 
-def load_weights(model, path, net=1):
-    """Load `path` into `model`, strictly, from any published layout; return the checkpoint's dict.
-
-    Layouts: ours and the authors' `{'net': ...}`, `{'state_dict': ...}`, `{'model': ...}`, a bare state dict, with or
-    without `module.` prefixes. A backbone takes its part of an auxiliary network's weights, and a single network that
-    of one network (`net`, 1 or 2) of a mutual pair. Raises UserError naming the first keys that do not fit, and where
-    the file says that the weights are another architecture's. The model may be wrapped, as by DataParallel.
-    """
-    model = unwrap(model)
-    content = read_checkpoint(path)
-    state = state_dict_of(content, path)
-    if net > 1 and not any(key.startswith(f"net{net}.") for key in state):
-        raise UserError(f"{path}: --net {net}: these weights are not a mutual pair's")
-    state = part_of(state, model.state_dict().keys(), net)
-    expected = model.state_dict()
-    wrong = [k for k, v in state.items() if k in expected and v.shape != expected[k].shape]
-    # Files older than PyTorch 0.4.1 (torchvision's ResNets) do not count batches.
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in expected]
-    if wrong or missing or unexpected:
-        shapes = [f"{k} {list(state[k].shape)} instead of {list(expected[k].shape)}" for k in wrong]
-        parts = [("wrong shape", shapes), ("missing", missing), ("unexpected", unexpected)]
-        listed = "; ".join(f"{what}: {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for what, keys in parts if keys)
-        raise UserError(f"{path}: weights do not fit {getattr(model, 'arch', type(model).__name__)}: {listed}")
-    check_arch(model, content, path)
-    model.load_state_dict({**{k: v for k, v in expected.items() if k not in state}, **state}, strict=True)
-    return content
+def load_weights(model: nn.Module, path: str | os.PathLike, net: int | None = None) -> Checkpoint:
+    """Load the file at `path` into `model`, strictly, from any published layout (see Checkpoint); return the file."""
+    checkpoint = Checkpoint(path)
+    checkpoint.load_into(model, net)
+    return checkpoint
 
 
-def check_arch(model, content, path):
-    """Raise UserError where the file names another backbone than the model's: mobilenetV2's weights fit mobilenetV2_s2."""
-    with suppress(AttributeError, TypeError, ValueError):  # a model made by hand, a name unknown here
-        theirs, ours = models.backbone_name(content.get("arch")), models.backbone_name(model.arch)
-        if theirs != ours:
-            raise UserError(f"{path}: weights of {theirs}, not of {ours}")
-
-
-def recorded(content):
-    """Return the epoch and accuracy that a checkpoint's dict holds, whether as numbers or as arrays of one."""
-    found = {}
-    for key in ("epoch", "acc"):
-        value = content.get(key)
-        if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
-            value = value.item()
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[f"recorded_{key}"] = value
-    return found
-
-
-def json_ready(value):
-    """Return `value` with None for every number within its dicts that JSON has no word for: NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: json_ready(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def digest(state):
-    """Return a short text that tells state dicts apart by their names and values."""
-    found = hashlib.sha256()
-    for name in sorted(state):
-        found.update(name.encode())
-        found.update(state[name].detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def weights_layout(path):
-    """Return (number of classes, rotations) of the weights at `path`, read off the widths of their classifiers.
-
-    `rotations` is None for a plain backbone.
-    """
-    state = state_dict_of(read_checkpoint(path), path)
-    widths = {key: value.shape[0] for key, value in state.items() if value.dim() and re.search(HEAD_WEIGHT, key)}
-    classes = [width for key, width in widths.items() if "auxiliary_classifier" not in key]
-    joint = [width for key, width in widths.items() if "auxiliary_classifier" in key]
-    if not classes or not classes[0]:
-        raise UserError(f"{path}: holds no classifier of an architecture known here")
-    if joint and joint[0] not in (classes[0], 4 * classes[0]):
-        raise UserError(f"{path}: its heads have {joint[0]} outputs for {classes[0]} classes, neither 1 nor 4 rotations")
-    return classes[0], joint[0] // classes[0] if joint else None
-
-
-@contextmanager
-def replacing(path, mode="wb"):
-    """Yield a file that is put at `path` when the block has written it; UserError if it cannot be.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator:
+    """Yield a file that takes the place of `path` once the block has written it; UserError if it cannot be written.
 
     A crash at any moment leaves the old file or the new one.
     """
@@ -251,33 +283,14 @@ def replacing(path, mode="wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        with suppress(OSError):
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        with contextlib.suppress(OSError):
             os.remove(temporary)
-        # On a full disk torch.save reports a position in the file alone.
         reason = getattr(error, "strerror", None) or f"{first_line(error)}; is the disk full?"
         raise UserError(f"cannot write {path}: {reason}") from None
 
 
-def save_checkpoint(content, path):
+def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
     """Write `content` to `path` as torch.save does, whole or not at all; UserError if it cannot be written."""
     with replacing(path) as file:
         torch.save(content, file)
-
-
-def to_cpu(value):
-    """Return `value` with every tensor in its dicts and lists copied to the CPU."""
-    if torch.is_tensor(value):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {k: to_cpu(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_cpu(v) for v in value]
-    return value
-
-
-def versions():
-    """Return the versions that a result depends on."""
-    import torchvision
-
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}

@@ -1,7 +1,6 @@
-"""Random crops, flips and resizing of whole batches on the device, with the distributions of torchvision's transforms."""
+"""Random crops, flips and resizing of whole batches on the device, distributed as torchvision's transforms."""
 
 import math
-from dataclasses import replace
 
 import torch
 
@@ -9,15 +8,15 @@ import torch
 class CropFlip:
     """Zero-padded random crop and horizontal flip: torchvision's RandomCrop(size, padding) + RandomHorizontalFlip."""
 
-    def __init__(self, size, padding=4, flip=True):
+    def __init__(self, size: int, padding: int = 4, flip: bool = True):
         self.size, self.padding, self.flip = size, padding, flip
 
-    def draw(self, count, generator):
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Return (count, 3) int64: top and left of the crop in the padded image, and whether to flip."""
         offsets = torch.randint(0, 2 * self.padding + 1, (count, 2), generator=generator)
         return torch.cat([offsets, draw_flips(count, generator, self.flip)], dim=1)
 
-    def apply(self, images, draws):
+    def apply(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Crop and flip `images` (B, 3, S, S) uint8, each by its row of `draws`."""
         b, c, h, w = images.shape
         padded = torch.nn.functional.pad(images, [self.padding] * 4)
@@ -30,20 +29,21 @@ class CropFlip:
 
 
 class ResizedCropFlip:
-    """torchvision's RandomResizedCrop(size, scale, ratio) + RandomHorizontalFlip of images with `source` pixels a side."""
+    """torchvision's RandomResizedCrop(size) + RandomHorizontalFlip of images with `source` pixels a side."""
 
-    def __init__(self, source, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=True, attempts=10):
-        self.source, self.size, self.scale, self.ratio = source, size, scale, ratio
-        self.flip, self.attempts = flip, attempts
+    SCALE, RATIO, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
-    def draw(self, count, generator):
+    def __init__(self, source: int, size: int, flip: bool = True):
+        self.source, self.size, self.flip = source, size, flip
+
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Return (count, 5) int64: top, left, height and width of the crop, and whether to flip.
 
-        Of `attempts` boxes the first that fits is taken; a square image's fallback is all of it.
+        Of ten boxes the first that fits is taken; a square image's fallback is all of it.
         """
-        shape = (count, self.attempts)
-        area = self.source**2 * torch.empty(shape).uniform_(*self.scale, generator=generator)
-        ratio = torch.empty(shape).uniform_(*map(math.log, self.ratio), generator=generator).exp()
+        shape = (count, self.ATTEMPTS)
+        area = self.source**2 * torch.empty(shape).uniform_(*self.SCALE, generator=generator)
+        ratio = torch.empty(shape).uniform_(*map(math.log, self.RATIO), generator=generator).exp()
         sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().long()
         fits = ((sides > 0) & (sides <= self.source)).all(2)
         first = fits.int().argmax(1)
@@ -52,17 +52,17 @@ class ResizedCropFlip:
         corners = (torch.rand(count, 2, generator=generator) * room).long().minimum(room - 1)
         return torch.cat([corners, sides, draw_flips(count, generator, self.flip)], dim=1)
 
-    def apply(self, images, draws):
+    def apply(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Crop, resize and flip `images` (B, 3, S, S) uint8, each by its row of `draws`: (B, 3, size, size) float32."""
         return resize_boxes(images, draws[:, :4], self.size, draws[:, 4] == 1)
 
 
-def draw_flips(count, generator, flip=True):
+def draw_flips(count: int, generator: torch.Generator, flip: bool = True) -> torch.Tensor:
     """Return (count, 1) int64, 1 for an image to be mirrored."""
     return torch.randint(0, 2, (count, 1), generator=generator) if flip else torch.zeros(count, 1).long()
 
 
-def resampling(start, length, source, size):
+def resampling(start: torch.Tensor, length: torch.Tensor, source: int, size: int) -> torch.Tensor:
     """Return (B, size, source) matrices that resize the `length` pixels from `start` on, each (B,), to `size`.
 
     A triangle filter, widened by the scale when shrinking (antialiased bilinear, as PIL's), normalised within the box.
@@ -76,8 +76,13 @@ def resampling(start, length, source, size):
     return weights / weights.sum(2, keepdim=True)
 
 
-def resize_boxes(images, boxes, size, flip=None):
-    """Resize the box (top, left, height, width) of every image to `size` pixels a side, mirrored where `flip` (B,)."""
+def resize_boxes(
+    images: torch.Tensor, boxes: torch.Tensor, size: int, flip: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the box (top, left, height, width) of every image, resized to `size` pixels a side and mirrored if `flip`.
+
+    `images` (B, 3, H, W) uint8, `boxes` (B, 4) int64, `flip` (B,) bool; returns (B, 3, size, size) float32.
+    """
     b, c, h, w = images.shape
     top, left, height, width = boxes.unbind(1)
     rows, columns = resampling(top, height, h, size), resampling(left, width, w, size)
@@ -87,15 +92,10 @@ def resize_boxes(images, boxes, size, flip=None):
     return torch.matmul(rows.unsqueeze(1), narrow)
 
 
-def resize(images, size):
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """Return `images` (N, 3, S, S) uint8 resized to `size` pixels a side as PIL does, uint8; 1,024 at a time."""
     parts = []
     for part in images.split(1024):
         whole = torch.tensor([[0, 0, *part.shape[2:]]], device=part.device).expand(len(part), -1)
         parts.append(resize_boxes(part, whole, size).round().clamp(0, 255).to(torch.uint8))
     return torch.cat(parts)
-
-
-def resized(image_set, size):
-    """Return an image set whose images are resized to `size` pixels a side as they are read."""
-    return replace(image_set, size=size, read=lambda indices: resize(image_set.read(indices), size))

@@ -1,206 +1,191 @@
-"""Batches of images too many for memory (ImageNet): read by workers, normalised on the device.
+"""Batches of images too many for memory: read by worker processes, normalised on the device.
 
-The counterpart of batches.DeviceBatches and batches.TestBatches, with the same order: what a position of an epoch shows
-depends on (seed, epoch, position) alone, not on the number of workers or processes.
+As with images in memory, what a position of an epoch shows depends on (seed, epoch, position) alone, not on the number
+of workers or processes.
 """
 
 import atexit
-import contextlib
-import math
 import multiprocessing
 import os
-import shutil
 import signal
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-import batches
-import datasets
-import decoding
-import distributed
-import launcher
-from utils import UserError, warn
+from imagesets import folders
+from imagesets.folders import ImageSet
+from imagesets.in_memory import Normaliser, epoch_generator, share_of_batch, share_of_test, steps_of_epoch
+from utils import UserError, World
 
-TEST_RESIZE = 256
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # torchvision has announced that it will leave; PIL reads the files then
+    decode_jpeg = None
+
+TEST_RESIZE = 256 / 224  # of the shorter side, before the centre crop
 PREFETCH = 2  # batches that each worker reads ahead
-SHOWN = 20  # unreadable images that a process names in an epoch
 
 
-@dataclass
-class FileSet:
-    """One split: encoded `paths` (N,), one array rather than N objects that forked workers would copy, and `labels` (N,)."""
-
-    paths: np.ndarray
-    labels: torch.Tensor
-    classes: list[str]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def subset(self, indices):
-        """Return the split's images at `indices`, in that order."""
-        return replace(self, paths=self.paths[indices.numpy()], labels=self.labels[indices])
+def decode(path: str) -> torch.Tensor:
+    """Return the image at `path` as (3, H, W) uint8, whatever its colour space; UserError if it cannot be read."""
+    with suppress(OSError, RuntimeError):
+        content = torch.from_numpy(np.fromfile(path, np.uint8))
+        if decode_jpeg and content[:3].tolist() == [0xFF, 0xD8, 0xFF]:
+            return decode_jpeg(content, "RGB")
+    return folders.decode(path)  # slower, but knows more formats and says what is wrong
 
 
-def find(root, train):
-    """Return the split `<root>/{train,val}/<class>/*`, any number of classes; UserError where it is not there."""
-    folder = Path(root) / ("train" if train else "val")
-    names, samples = datasets.class_folders(folder)
-    if not samples:
-        raise UserError(f"no images: put them at {folder}/<class>/*")
-    paths, labels = zip(*samples, strict=True)
-    return FileSet(np.array([os.fsencode(path) for path in paths]), torch.tensor(labels), names)
+def transformed(image: torch.Tensor, transform: Callable, key: Iterable[int]) -> torch.Tensor:
+    """Return `transform(image)` with torch's generator seeded by the whole numbers `key`, and left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
+        return transform(image)
 
 
-def outlive_signals(leaving, parent, _):
-    """Let a worker outlive the signals that a scheduler sends to all processes: training saves itself, then ends it.
+def random_resized_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Return torchvision's RandomResizedCrop(size) of `image` (3, H, W), in the layout that `stacked` joins fastest."""
+    top, left, height, width = v2.RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    pixels = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
+    return v2.functional.resize(pixels.permute(2, 0, 1), [size, size], antialias=True)
 
-    Where training, the process `parent`, is killed it ends at once: it holds the run folder's lock, and a resumed run waits.
+
+class Images(Dataset):
+    """Item (number, key) -> (image (3, S, S) uint8, label, number), or a line if the image cannot be read."""
+
+    def __init__(self, images: ImageSet, transform: Callable):
+        self.images, self.transform = images, transform
+
+    def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> tuple | str:
+        number, key = item
+        try:
+            image = decode(os.fsdecode(self.images.paths[number]))
+        except UserError as error:
+            return str(error)
+        return transformed(image, self.transform, key), self.images.labels[number], number
+
+
+def collate(found: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    """Join `Images` items into (images, labels, numbers, lines about unreadable images)."""
+    bad = [item for item in found if isinstance(item, str)]
+    good = [item for item in found if not isinstance(item, str)]
+    if not good:
+        return torch.empty(0), torch.empty(0), torch.empty(0), bad
+    images, labels, numbers = zip(*good, strict=True)
+    return stacked(images), torch.stack(labels), torch.tensor(numbers), bad
+
+
+def stacked(images: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Join (3, H, W) images into (B, 3, H, W), channels-last: decoded pixels have that layout, and networks use it."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def ignore_signals(leaving: Any, _: int) -> None:
+    """Make a worker ignore the signals that a scheduler sends to every process: training saves itself, then ends it.
+
+    Python ends its children by SIGTERM when it exits, so that one counts once `leaving` is set.
     """
-    launcher.end_with_parent(signal.SIGKILL, parent)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows lacks two of them
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
 
 
-def check_shared_memory(size):
-    """Raise UserError where the workers' batches, `size` bytes, do not fit into /dev/shm: without room they would hang."""
-    with contextlib.suppress(OSError):  # elsewhere than on Linux it is not there
-        free = shutil.disk_usage("/dev/shm").free
-        if free < size:
-            lacking = f"/dev/shm has {free / 2**20:.0f} MiB left, {size / 2**20:.0f} are needed for the batches of the workers"
-            raise UserError(f"{lacking}: fewer --num-workers, or a larger one (docker run --shm-size)")
-
-
-class Plan:
-    """The batch sampler of a loader whose workers persist: a new plan of batches for every pass."""
-
-    def __init__(self):
-        self.batches = []
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
 class FileBatches:
-    """Batches of this rank's share of a FileSet, read by `--num-workers` processes."""
+    """Batches of this rank's share of an image set, read by `workers` processes, which end with each pass."""
 
-    def __init__(self, files, transform, args, world, fill):
-        if args.decode == "device" and world.device.type != "cuda":
-            raise UserError("--decode device needs a GPU: this run has none")
-        if args.decode == "device":
-            decoding.check_decoder(world.device)
-        self.files, self.world, self.skip, self.limit = files, world, args.skip_bad_images, args.limit_batches
-        self.named, self.skipped = set(), 0  # unreadable images: those told here, and the number of the last pass
-        encoded = args.decode == "device"
-        self.images = (decoding.EncodedImages if encoded else decoding.Images)(files, transform, fill and self.skip)
-        self.stream = torch.cuda.Stream(world.device) if encoded else None
-        self.normalise = batches.Normaliser(datasets.IMAGENET_STATISTICS, world.device)
-        self.plan, workers = Plan(), args.num_workers
-        if not encoded:
-            ahead = workers * PREFETCH * math.ceil(args.batch_size / world.size)
-            check_shared_memory(min(ahead, len(files)) * 3 * decoding.SIZE**2)
+    def __init__(self, images: ImageSet, transform: Callable, world: World, workers: int, skip: bool):
+        self.images, self.world, self.workers, self.skip = Images(images, transform), world, workers, skip
+        self.normalise = Normaliser(images.statistics, world.device)
+        self.classes, self.size, self.statistics = images.classes, images.size, images.statistics
+        self.skipped = set()
         self.leaving = multiprocessing.RawValue("b", 0)
         atexit.register(setattr, self.leaving, "value", 1)
-        self.loader = DataLoader(
+
+    def loader(self, plan: Iterable[list]) -> DataLoader:
+        """Return a loader of the batches of (number, key) items in `plan`, as `collate` joins them."""
+        return DataLoader(
             self.images,
-            batch_sampler=self.plan,
-            num_workers=workers,
-            collate_fn=decoding.collate_encoded if encoded else decoding.collate,
-            pin_memory=world.device.type == "cuda" and not encoded,
-            worker_init_fn=partial(outlive_signals, self.leaving, os.getpid()),
-            persistent_workers=workers > 0,
-            prefetch_factor=PREFETCH if workers else None,
-            generator=torch.Generator(),
+            batch_sampler=plan,
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=self.world.device.type == "cuda",
+            worker_init_fn=partial(ignore_signals, self.leaving),
+            prefetch_factor=PREFETCH if self.workers else None,
+            generator=torch.Generator(),  # leaves the global one alone
         )
 
-    def close(self):
-        """End the workers, each of which would else delay the end of the process group or the interpreter by ten seconds."""
-        self.leaving.value = 1
-        self.loader = None
+    def read(self, plan: Iterable[list]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield (images (B, 3, S, S) float32, labels (B,), index (B,)) of the batches in `plan`.
 
-    def read(self, plan):
-        """Yield (images (B, 3, 224, 224) float32, labels (B,)) of the batches of (index, key) items in `plan`.
-
-        Raises UserError at an unreadable image; with --skip-bad-images names it and counts them at the end.
+        Unreadable images are skipped, named once and counted, or raise a UserError.
         """
-        self.plan.batches, device = plan, self.world.device
-        met, empty = set(), True
-        for found in self.loader:
-            if isinstance(self.images, decoding.EncodedImages):
-                content, lengths, *rest = found
-                found = decoding.on_stream(self.stream, self.images.decoded, list(content.split(lengths)), *rest, device)
-            images, labels, bad = found
+        device, known = self.world.device, len(self.skipped)
+        for images, labels, index, bad in self.loader(plan):
             if bad and not self.skip:
-                raise UserError(f"{bad[0]}; --skip-bad-images goes on without it")
-            for line in dict.fromkeys(bad):
-                if line not in self.named and len(self.named) < SHOWN:
-                    warn(f"skipped: {line}")
-                    self.named.add(line)
-            met.update(bad)
+                raise UserError(f"{bad[0]}; --skip-bad-images leaves it out")
+            for line in bad:
+                if line not in self.skipped and len(self.skipped) < folders.SHOWN:
+                    print(f"skipped: {line}", file=sys.stderr, flush=True)  # each rank meets others
+                self.skipped.add(line)
             if len(labels):
-                empty = False
-                yield self.normalise(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
-            elif self.images.fill:
-                raise UserError(f"{bad[0]}; nor are the {decoding.REPLACEMENTS - 1} images after it readable")
-        if self.skip:
-            skipped, seen = (distributed.count_over_ranks(count, self.world) for count in (len(met), not empty))
-            if skipped and not seen:
-                raise UserError(f"{min(met, default='unreadable images')}; nor is any other image of this pass readable")
-            if skipped != self.skipped and self.world.is_main:
-                warn(f"skipped {skipped} unreadable images")
-            self.skipped = skipped
+                parts = (part.to(device, non_blocking=True) for part in (images, labels, index))
+                images, labels, index = parts
+                yield self.normalise(images), labels, index
+        if len(self.skipped) > known:
+            print(f"skipped {len(self.skipped)} unreadable images", file=sys.stderr, flush=True)
 
 
 class TrainBatches(FileBatches):
-    """Training batches: RandomResizedCrop(224) and flip; an epoch can be entered at any step."""
+    """Training batches: random resized crop and flip; an epoch can be entered at any step."""
 
-    def __init__(self, files, args, world):
-        transform = v2.Compose([decoding.random_resized_crop, v2.RandomHorizontalFlip()])
-        super().__init__(files, transform, args, world, fill=True)
-        self.batch_size, self.seed = args.batch_size, args.manual_seed
-        self.steps = batches.steps_of_epoch(len(files), self.batch_size, world, self.limit)
+    def __init__(
+        self, images: ImageSet, batch_size: int, seed: int, world: World, limit: int | None, workers: int, skip: bool
+    ):
+        transform = v2.Compose([partial(random_resized_crop, size=images.size), v2.RandomHorizontalFlip()])
+        super().__init__(images, transform, world, workers, skip)
+        self.batch_size, self.seed, self.num_images = batch_size, seed, len(images)
+        self.steps = steps_of_epoch(len(images), batch_size, world, limit)
 
     def __len__(self):
         return self.steps
 
-    def epoch(self, epoch, start=0):
-        """Yield (images, labels) of this rank from step `start` of `epoch` on."""
-        if start < self.steps:  # a run stopped after an epoch's last step starts no workers for nothing
-            yield from self.read(self.items(epoch, start))
+    def __iter__(self):
+        return self.epoch(0)
 
-    def items(self, epoch, start=0):
-        """Yield each step's list of (index, (seed, epoch, position)) of this rank."""
-        count = len(self.files)
-        order = torch.randperm(count, generator=batches.epoch_generator(self.seed, epoch))
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield (images, labels, index) of this rank from step `start` of `epoch` on."""
+        if start < self.steps:  # else workers would start for nothing
+            yield from self.read(self.plan(epoch, start))
+
+    def plan(self, epoch: int, start: int = 0) -> Iterator[list]:
+        """Yield each step's list of (number, (seed, epoch, position)) of this rank."""
+        order = torch.randperm(self.num_images, generator=epoch_generator(self.seed, epoch))
         for step in range(start, self.steps):
-            at = batches.share_of_batch(step, self.batch_size, count, self.world.rank, self.world.size)
+            at = share_of_batch(step, self.batch_size, self.num_images, self.world)
             yield [(i, (self.seed, epoch, p)) for i, p in zip(order[at].tolist(), at.tolist(), strict=True)]
 
 
 class TestBatches(FileBatches):
-    """Test batches: Resize(256) and CenterCrop(224); each image once, split over the processes."""
+    """Test batches: the shorter side resized, the centre cropped; each image once, split over the processes."""
 
     __test__ = False
 
-    def __init__(self, files, args, world):
-        transform = v2.Compose([v2.Resize(TEST_RESIZE, antialias=True), v2.CenterCrop(decoding.SIZE)])
-        super().__init__(files, transform, args, world, fill=False)
-        self.classes, self.size = files.classes, decoding.SIZE
-        size = max(args.batch_size // world.size, 1)
-        mine = batches.share_of_test(len(files), self.limit and self.limit * args.batch_size, world).tolist()
-        self.listed = distributed.count_over_ranks(len(mine), world)
-        self.items = [[(i, (0,)) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
+    def __init__(self, images: ImageSet, batch_size: int, world: World, limit: int | None, workers: int, skip: bool):
+        transform = v2.Compose([v2.Resize(round(images.size * TEST_RESIZE)), v2.CenterCrop(images.size)])
+        super().__init__(images, transform, world, workers, skip)
+        mine, self.total = share_of_test(len(images), limit and limit * batch_size, world)
+        self.batches = [[(i, (0,)) for i in part.tolist()] for part in mine.split(max(batch_size // world.size, 1))]
 
-    @property
-    def total(self):
-        """The images of all processes, without those that the last pass left out."""
-        return self.listed - self.skipped
+    def __len__(self):
+        return len(self.batches)
 
-    def __iter__(self):
-        return self.read(self.items)
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, labels, _ in self.read(self.batches):
+            yield images, labels

@@ -1,150 +1,169 @@
-"""The distillation methods of a student script: their flags, constants, teacher and objective."""
+"""The distillation methods, one file each: found by name, and the flags of their constants."""
 
-import contextlib
+import argparse
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from types import ModuleType
+from typing import Any
 
-import loading
-import losses
+from torch import nn
+
 import models
 import options
-import utils
-
-# DPCD's clamp of beta by the teacher's family, as in its released code.
-DPCD_BETA_RANGE = {"wrn": (5.0, 8.0), "vgg": (5.0, 8.0), "resnet32x4": (6.0, 10.0), "ResNet50": (6.0, 10.0)}
-DPCD_BETA_RANGE_RESNET = (1.0, 4.0)
-# DKD's beta by the teacher's family, 8 for the others: its authors' CIFAR-100 settings, which DPCD's clamps enclose.
-DKD_BETA = {"wrn": 6.0, "vgg": 6.0, "resnet32x4": 8.0, "resnet8x4": 8.0, "resnet": 2.0}
-
-# DKD's constants for ImageNet, its authors' too.
-DKD_IMAGENET = {"kd_T": 1.0, "beta": 0.5, "loss_warmup": 1}
-
-METHODS = {
-    "hsakd": {},
-    "kd": {"ce_weight": 0.1, "kd_weight": 0.9},
-    "dkd": {"alpha": 1.0, "beta": None, "loss_warmup": 20},
-    "dpcd": {
-        "beta": 6.0,
-        "beta_range": None,
-        "loss_warmup": 20,
-        "alpha_range": [0.5, 2.0],
-        "ema": 0.9,
-        "history": 2000,
-        "threshold": 0.6,
-        "quantile": 0.65,
-        "slope": 18.0,
-        "ced_beta": 8.0,
-    },
-}
-KINDS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (heads over class and rotation)"}
-PAIR = "HSSAKD (one network of a mutual pair)"
-TEMPERATURE = {"hsakd": 3.0, "dpcd": 3.0, "kd": 4.0, "dkd": 4.0}
+from methods.base import Batch as Batch
+from methods.base import Constant, Objective
+from methods.base import Outputs as Outputs
+from methods.base import Predictions as Predictions
+from utils import Checkpoint, UserError
 
 
-def add_arguments(parser, tarch="wrn_40_2_aux"):
-    """Add the trained teacher, the method and the methods' constants to a student script's parser."""
+def defined_in(module: ModuleType) -> type[Objective] | None:
+    """Return the method that a module defines, if it does."""
+    classes = (value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Objective))
+    return next((method for method in classes if method.__module__ == module.__name__), None)
+
+
+# Every file of this folder but the base is a method: METHODS by name, and `methods.HSAKD` by class.
+_MODULES = [importlib.import_module(f"methods.{file.name}") for file in pkgutil.iter_modules(__path__)]
+METHODS = {method.name: method for method in map(defined_in, _MODULES) if method not in (None, Objective)}
+globals().update({method.__name__: method for method in METHODS.values()})
+
+
+def names() -> list[str]:
+    """Return the names of the methods that learn from a trained teacher."""
+    return [name for name, method in METHODS.items() if method.reads is not None]
+
+
+def find(name: str) -> type[Objective]:
+    """Return the method `name`, one of this folder or the user's own `FILE.py`; UserError if there is none."""
+    if not name.endswith(".py"):
+        if name not in METHODS:
+            raise UserError(f"--method {name}: unknown; there are {', '.join(names())}, or FILE.py, one of your own")
+        return METHODS[name]
+    spec = importlib.util.spec_from_file_location("user_method", name)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError:
+        raise UserError(f"--method {name}: no such file") from None
+    if defined_in(module) is None:
+        raise UserError(f"--method {name}: defines no subclass of methods.Objective")
+    return defined_in(module)
+
+
+def flag_of(name: str, constant: Constant) -> str:
+    """Return the flag of a constant."""
+    return constant.flag or f"--{name.replace('_', '-')}"
+
+
+def dest_of(name: str, constant: Constant) -> str:
+    """Return the attribute of parsed arguments that holds a constant."""
+    return flag_of(name, constant).lstrip("-").replace("-", "_")
+
+
+def add_constants(parser: argparse.ArgumentParser, methods: list[type[Objective]]) -> None:
+    """Add the flags of the methods' constants, in a group for each method; one that several have, once for all."""
+    uses: dict[str, list] = {}
+    for method in methods:
+        for name, constant in method.constants().items():
+            uses.setdefault(flag_of(name, constant), []).append((method, constant))
+    groups = {method.name: parser.add_argument_group(f"method {method.name}") for method in methods}
+    for flag, users in uses.items():
+        first = users[0][1]
+        default = ", ".join(
+            f"{options.shown(constant.default)}{' or by family' * bool(constant.family)}"
+            + f" for {method.name}" * (len(users) > 1)
+            for method, constant in users
+        )
+        pair = {"nargs": 2, "metavar": ("LOW", "HIGH")} if first.pair else {}
+        groups[users[0][0].name].add_argument(flag, type=first.kind, help=f"{first.help} (default: {default})", **pair)
+
+
+def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn_40_2_aux") -> None:
+    """Add the trained teacher, `--method` and all methods' constants to a student script's parser."""
     add = parser.add_argument_group("teacher and method").add_argument
-    number = options.not_negative
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", type=options.path, required=True, help="trained weights of the teacher")
     options.add_net(add, "--tcheckpoint")
-    add("--method", choices=list(METHODS), default="hsakd", help="what the student learns from the teacher")
-    add("--kd_T", type=options.above_zero, help="temperature; default 3 for hsakd and dpcd, 4 for kd and dkd (1 on ImageNet)")
-    add("--ce-weight", type=number, help="kd: weight of the cross-entropy (0.1)")
-    add("--kd-weight", type=number, help="kd: weight of the KL term (0.9)")
-    add("--alpha", type=number, help="dkd: weight of the target term (1)")
-    add("--beta", type=number, help="non-target weight; dkd: by the teacher's family; dpcd: 6, before --beta-range")
-    add("--loss-warmup", type=options.natural, help="dkd, dpcd: epochs over which the teacher's term fades in (20)")
-    add("--beta-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of beta (by family)")
-    add("--alpha-range", type=number, nargs=2, metavar=("LOW", "HIGH"), help="dpcd: clamp of alpha (0.5 2)")
-    add("--ema", type=options.below_one, help="dpcd: share of the old value in the moving confidence (0.9)")
-    add("--history", type=options.positive, help="dpcd: confidences kept for the threshold (2000)")
-    add("--threshold", type=number, help="dpcd: threshold until the history is full (0.6)")
-    add("--quantile", type=options.share, help="dpcd: quantile of the history that is the threshold (0.65)")
-    add("--slope", type=number, help="dpcd: slope of the sigmoid (18)")
-    add("--ced-beta", type=number, help="dpcd: weight of the self path's non-target term (8)")
+    add("--method", default="hsakd", help=f"{', '.join(names())}, or FILE.py: what the student learns of the teacher")
+    try:
+        method = find(options.given(argv, "--method", default="hsakd"))
+    except UserError as error:
+        parser.error(str(error))
+    if "batch_size" in parser.recipe:
+        parser.recipe["batch_size"] = method.imagenet_batch
+    known = [METHODS[name] for name in names()]
+    parser.set_defaults(methods=known if method in known else [*known, method])
+    add_constants(parser, parser.get_default("methods"))
 
 
-def finish(parser, argv=None):
-    """Parse a student script's command line and fill in the method's constants; reject those of other methods."""
+def finish(parser: options.Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse a student script's command line, reject other methods' constants, and fill in the method's own."""
     args = options.finish(parser, argv)
-    constants = METHODS[args.method]
-    for name in sorted(set().union(*METHODS.values()) - set(constants)):
-        if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} has no part in --method {args.method}")
-    defaults = {"kd_T": TEMPERATURE[args.method], **constants}
-    if args.method == "dkd" and models.is_imagenet(args.arch):
-        defaults |= DKD_IMAGENET
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    methods = vars(args).pop("methods")
+    known = {dest_of(*item): item for method in methods for item in method.constants().items()}
+    method = METHODS.get(args.method, methods[-1])  # the last one is the user's own
+    own = {dest_of(*item) for item in method.constants().items()}
+    for dest in known.keys() - own:
+        if getattr(args, dest) is not None:
+            parser.error(f"{flag_of(*known[dest])} has no part in --method {args.method}")
+        delattr(args, dest)
     for name in ("arch", "tarch"):
         if models.is_pair(getattr(args, name)):
             parser.error(f"--{name} {getattr(args, name)} is a mutual pair: name one of its networks")
-    if args.method == "dpcd" and args.accumulate > 1:
-        parser.error("--accumulate has no part in --method dpcd: its running confidence is of whole batches")
-    if args.method in ("kd", "dkd"):
-        # These losses use class logits alone, so the name of an auxiliary network stands for its backbone.
+    if method.networks == "pair" or method.reads is None:
+        parser.error(f"--method {args.method} learns from no trained teacher")
+    if method.networks == "plain":  # the name of an auxiliary network stands for its backbone
         args.arch = models.backbone_name(args.arch)
     else:
-        options.require_aux(parser, args, *(["arch", "tarch"] if args.method == "hsakd" else ["arch"]))
-    teacher_family = models.backbone_name(args.tarch)
-    if args.method == "dkd" and args.beta is None:
-        args.beta = by_family(DKD_BETA, teacher_family, 8.0)
-    if args.method == "dpcd" and args.beta_range is None:
-        args.beta_range = list(by_family(DPCD_BETA_RANGE, teacher_family, DPCD_BETA_RANGE_RESNET))
-    for name in ("alpha_range", "beta_range"):
-        low_high = getattr(args, name)
-        if low_high and low_high[0] > low_high[1]:
-            parser.error(f"--{name.replace('_', '-')}: {low_high[0]:g} is above {low_high[1]:g}")
+        options.require_aux(parser, args, *(["arch", "tarch"] if method.reads == "heads" else ["arch"]))
+    fill_constants(args, method)
+    for name, constant in method.constants().items():
+        value = getattr(args, dest_of(name, constant))
+        if constant.pair and value[0] > value[1]:
+            parser.error(f"{flag_of(name, constant)}: {value[0]:g} is above {value[1]:g}")
     return args
 
 
-def method_of(content, rotations):
-    """Return the method that a checkpoint's dict names, if it is one known here, else what the weights' heads tell."""
-    method = content.get("method")
-    if isinstance(method, str) and method in METHODS:
-        return method
-    with contextlib.suppress(ValueError, TypeError, AttributeError):  # a foreign file may say anything
-        if models.is_pair(content.get("arch")):
-            return PAIR
-    return KINDS[rotations]
+def finish_online(parser: options.Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of a script that trains a mutual pair."""
+    method = METHODS["hssakd"]
+    add_constants(parser, [method])
+    args = options.finish(parser, argv)
+    options.require_pair(parser, args)
+    fill_constants(args, method)
+    return args
 
 
-def by_family(table, name, default):
-    """Return the entry of `table` whose key is the longest prefix of an architecture's name."""
-    keys = [key for key in table if name.startswith(key)]
-    return table[max(keys, key=len)] if keys else default
+def fill_constants(args: argparse.Namespace, method: type[Objective]) -> None:
+    """Fill in the method's constants that the command line leaves open, by the names of the networks."""
+    for name, constant in method.constants().items():
+        dest = dest_of(name, constant)
+        if getattr(args, dest, None) is None:
+            value = constant.default_for(getattr(args, "tarch", None), args.arch)
+            setattr(args, dest, list(value) if constant.pair else value)
 
 
-def load_teacher(args, images):
-    """Return the teacher of `--tarch` of the classes of `images` (batches of them), with the weights of `--tcheckpoint`.
+def constants_of(args: argparse.Namespace, method: type[Objective]) -> dict[str, Any]:
+    """Return the keyword arguments of `method` that the command line gives."""
+    return {name: getattr(args, dest_of(name, constant)) for name, constant in method.constants().items()}
 
-    For HSAKD with its auxiliary classifiers, for the other methods its backbone, whose class logits are all they use.
-    Raises UserError where the weights do not fit.
+
+def load_teacher(
+    method: type[Objective], arch: str, checkpoint: Checkpoint, num_classes: int, net: int | None = None
+) -> nn.Module:
+    """Return the teacher `arch` with a file's weights: with its heads if the method reads them, else its backbone.
+
+    UserError if the weights do not fit, or are of another number of classes.
     """
-    known, rotations = utils.weights_layout(args.tcheckpoint)
-    if known != len(images.classes):
-        raise utils.UserError(f"{args.tcheckpoint}: a teacher of {known} classes, but {args.dataset} has {len(images.classes)}")
-    if args.method == "hsakd" and rotations == 1:
-        raise utils.UserError(f"{args.tcheckpoint}: hsakd needs a teacher whose heads tell 4 rotations apart, not 1")
-    teacher = models.create(args.tarch if args.method == "hsakd" else models.backbone_name(args.tarch), known)
-    content = utils.load_weights(teacher, args.tcheckpoint, args.net)
-    loading.warn_of_other_data(content, images, args.tcheckpoint)
+    if checkpoint.num_classes != num_classes:
+        classes = f"a teacher of {checkpoint.num_classes} classes, but the data set has {num_classes}"
+        raise UserError(f"{checkpoint.path}: {classes}")
+    if method.reads == "heads" and checkpoint.rotations == 1:
+        raise UserError(f"{checkpoint.path}: {method.name} needs a teacher whose heads tell 4 rotations apart, not 1")
+    name = arch if method.reads == "heads" else models.backbone_name(arch)
+    teacher = models.create(name, num_classes, checkpoint.rotations or 4)
+    checkpoint.load_into(teacher, net)
     return teacher
-
-
-def create_pair(args, images):
-    """Return (student, objective) of `--method` for the classes of `images` (batches); UserError where they do not fit."""
-    teacher = load_teacher(args, images)
-    student = models.create(args.arch, len(images.classes), 1 if args.method == "dpcd" else 4)
-    if args.method == "kd":
-        return student, losses.KDLoss(teacher, args.kd_T, args.ce_weight, args.kd_weight)
-    if args.method == "dkd":
-        return student, losses.DKDLoss(teacher, args.kd_T, args.alpha, args.beta, args.loss_warmup)
-    if args.method == "dpcd":
-        renamed = {"temperature": args.kd_T, "warmup_epochs": args.loss_warmup}
-        constants = {name: getattr(args, name) for name in METHODS["dpcd"] if name != "loss_warmup"}
-        return student, losses.DPCDLoss(teacher, **constants, **renamed)
-    heads = [network.auxiliary_classifier.num_branches for network in (student, teacher)]
-    if heads[0] != heads[1]:
-        raise utils.UserError(f"hsakd pairs heads one to one, but {args.arch} has {heads[0]}, {args.tarch} {heads[1]}")
-    return student, losses.HSAKDLoss(teacher, args.kd_T)

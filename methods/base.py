@@ -1,114 +1,238 @@
-"""The base of every objective: what a training step minimises, and the checks of networks' outputs."""
+"""What every method is made of: its constants, what it reads of the networks, and the base class `Objective`."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
+import models
+import options
+from losses import rotate
+from utils import unwrap
 
 
-def unwrap(model):
-    """The bare network inside DistributedDataParallel (`.module`) and torch.compile (`._orig_mod`), in any order."""
-    while hasattr(model, "_orig_mod") or hasattr(model, "module"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
+class Batch(NamedTuple):
+    """What an objective is given in a step: un-rotated images, and what belongs to them."""
+
+    images: Tensor  # (B, C, H, W)
+    labels: Tensor  # (B,) int64
+    epoch: int | Tensor = 0  # from 0
+    index: Tensor | None = None  # (B,) int64: the images' numbers in the training set
+    teacher_outputs: "Outputs | None" = None  # in place of the teacher's forward pass
+
+    def rows(self, rows: slice) -> "Batch":
+        """Return the part of the batch with the images in `rows`."""
+        taught = None if self.teacher_outputs is None else self.teacher_outputs.rows(rows, len(self.images))
+        index = None if self.index is None else self.index[rows]
+        return Batch(self.images[rows], self.labels[rows], self.epoch, index, taught)
 
 
-def split_outputs(outputs):
-    """(logits, [aux logits]) of one network's outputs; a backbone's bare logits come with an empty list."""
+class Outputs(NamedTuple):
+    """One network's outputs: class logits (rows, N), auxiliary logits, each (rows, N * M), and stage features."""
+
+    logits: Tensor
+    aux_logits: list[Tensor] = []
+    features: list[Tensor] = []
+
+    def rows(self, rows: slice, images: int) -> "Outputs":
+        """Return the outputs of the images in `rows`, of all their views, of outputs for so many images."""
+        views = len(self.logits) // images
+        rows = slice(rows.start * views, rows.stop * views)
+        return Outputs(self.logits[rows], *([value[rows] for value in values] for values in self[1:]))
+
+
+class Predictions(NamedTuple):
+    """Detached outputs of one step, for the training metrics: one entry per trained network."""
+
+    logits: list[Tensor]  # (B, N), un-rotated rows only
+    aux_logits: list[list[Tensor]]  # (M*B, N*M), all rotated rows; empty for a network without heads
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant of a method: a class attribute that becomes a keyword argument and a flag of the command line.
+
+    `family` holds other defaults by network: the key is the beginning of the teacher's name, `imagenet` for a network
+    for ImageNet, or `teacher->student`; the longest key that fits holds.
+    """
+
+    default: Any
+    help: str
+    kind: Callable[[str], Any] = options.not_negative
+    flag: str | None = None  # by default the attribute's name
+    family: dict[str, Any] = field(default_factory=dict)
+    pair: bool = False  # two numbers, the lower one first
+
+    def default_for(self, teacher: str | None, student: str | None = None) -> Any:
+        """Return the default for a teacher and a student, by the names of their architectures."""
+        fitting = [key for key in self.family if _fits(key.partition("->"), teacher, student)]
+        return self.family[max(fitting, key=len)] if fitting else self.default
+
+
+def _fits(key: tuple[str, str, str], teacher: str | None, student: str | None) -> bool:
+    """Return whether the two ends of a family's key are those of a teacher and a student."""
+    return all(_of_family(end, arch) for end, arch in zip(key[::2], (teacher, student), strict=True) if end)
+
+
+def _of_family(prefix: str, arch: str | None) -> bool:
+    """Return whether the network `arch` is of the family that `prefix` names."""
+    if arch is None:
+        return False
+    return models.is_imagenet(arch) if prefix == "imagenet" else models.backbone_name(arch).startswith(prefix)
+
+
+def split_outputs(outputs: Any) -> Outputs:
+    """Return one network's outputs, a tensor of logits or (logits, [aux logits]), as `Outputs`."""
     if torch.is_tensor(outputs):
-        return outputs, []
+        return Outputs(outputs)
     logits, aux_logits = outputs
     if not torch.is_tensor(logits):
         raise ValueError("a mutual pair's outputs: this objective trains one network")
-    return logits, list(aux_logits)
+    return Outputs(logits, list(aux_logits))
 
 
-def sum_terms(values, like):
-    """Sum of scalar tensors, a float32 zero on the device of `like` for none (a plain `sum` would give an int)."""
+def paired_heads(first: list[Tensor], second: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pair two networks' auxiliary logits, shallow to deep; from the deepest on, if one has more heads."""
+    return list(zip(reversed(first), reversed(second), strict=False))[::-1]
+
+
+def sum_terms(values: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Return the sum of scalar tensors, for none a float32 zero on the device of `like`."""
     return sum(values, torch.zeros((), device=like.device))
 
 
-def check_heads(logits, aux_logits, rotations):
-    """ValueError unless there are auxiliary heads, each of N * M outputs for logits (rows, N)."""
-    if not aux_logits:
+def rotations_of(model: nn.Module) -> int:
+    """Return how many views the auxiliary heads of a network tell apart."""
+    return getattr(unwrap(model), "rotations", 4)
+
+
+def check_heads(outputs: Outputs, rotations: int) -> None:
+    """Raise ValueError unless there are auxiliary heads, each of N * M outputs for logits (rows, N)."""
+    if not outputs.aux_logits:
         raise ValueError("the network has no auxiliary heads: this objective needs a *_aux network")
-    expected = logits.shape[1] * rotations
-    for aux in aux_logits:
+    expected = outputs.logits.shape[1] * rotations
+    for aux in outputs.aux_logits:
         if aux.shape[1] != expected:
             raise ValueError(f"an auxiliary head has {aux.shape[1]} outputs, not classes x rotations = {expected}")
 
 
-def check_pair(student, teacher, student_aux=(), teacher_aux=()):
-    """ValueError unless student and teacher have one class count and, where they are given, one number of heads."""
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(f"the student has {student.shape[1]} classes, the teacher {teacher.shape[1]}")
-    if len(student_aux) != len(teacher_aux):
-        raise ValueError(f"the student has {len(student_aux)} auxiliary heads, the teacher {len(teacher_aux)}")
+def check_classes(student: Outputs, teacher: Outputs) -> None:
+    """Raise ValueError unless student and teacher have one number of classes."""
+    if student.logits.shape[1] != teacher.logits.shape[1]:
+        raise ValueError(f"the student has {student.logits.shape[1]} classes, the teacher {teacher.logits.shape[1]}")
 
 
-def ramp(epoch, warmup_epochs):
-    """Linear warm-up weight min(epoch / warmup_epochs, 1), and 1 without warm-up; `epoch` a number or scalar tensor."""
+def ramp(epoch: int | Tensor, warmup_epochs: float) -> float | Tensor:
+    """Return the linear warm-up weight min(epoch / warmup_epochs, 1), and 1 without warm-up."""
     if warmup_epochs <= 0:
         return 1.0
     share = epoch / warmup_epochs
     return share.clamp(max=1.0) if torch.is_tensor(share) else min(share, 1.0)
 
 
-class Predictions(NamedTuple):
-    """Detached outputs of one step, for meters: one entry per trained network."""
-
-    logits: list[torch.Tensor]  # (B, N), un-rotated rows only
-    aux_logits: list[list[torch.Tensor]]  # (M*B, N*M), all rotated rows; empty where a network has no heads
-
-
-def predictions(*networks):
-    """`Predictions` of one (un-rotated logits, [aux logits]) per network."""
-    return Predictions([z.detach() for z, _ in networks], [[aux.detach() for aux in heads] for _, heads in networks])
+def predictions(*networks: Outputs) -> Predictions:
+    """Return the `Predictions` of the trained networks' outputs: of each, the logits of un-rotated rows alone."""
+    logits = [outputs.logits.detach() for outputs in networks]
+    return Predictions(logits, [[aux.detach() for aux in outputs.aux_logits] for outputs in networks])
 
 
 class Objective:
     """What a training step minimises: named scalar terms whose sum is the loss.
 
-    No nn.Module, so that `model.train()` and the optimiser never reach the teacher.
+    A method is a subclass in a file of its own. It sets the attributes below and its `Constant`s, and writes `step`.
+    It is not an nn.Module, so `model.train()` and the optimizer never reach the teacher.
     """
 
-    def __init__(self, teacher=None):
+    name: str  # as --method and `methods.find` know it
+    networks = "plain"  # what it trains: "plain", "auxiliary" or "pair"
+    rotations = 4  # views that its auxiliary networks' heads tell apart
+    reads: str | None = (
+        None  # of the teacher: "logits", "heads" (and logits, on all rotations), "features" (and logits)
+    )
+    needs_index = False  # whether a batch must number its images
+    whole_batches = False  # whether its state is of whole batches, which --accumulate would split
+    imagenet_batch = 256  # images of a step on ImageNet, as published
+    best_by = "top1"  # what the best epoch is chosen by: the backbone's top-1, or "joint", that of the best head
+
+    def __init__(self, teacher: nn.Module | None = None, **constants: Any):
+        """Take the teacher and the constants, by default those of the teacher's family."""
+        if self.reads is not None and teacher is None:
+            raise TypeError(f"{type(self).__name__} needs a teacher")
         self.teacher = teacher
-        self.state = {}  # running state: named tensors
-        if isinstance(teacher, torch.nn.Module):
+        self.state: dict[str, Tensor] = {}  # running state, saved and resumed
+        self.trained = nn.ModuleDict()  # trainable parts of its own, such as a projector; they join the optimizer
+        for name, constant in self.constants().items():
+            arch = getattr(teacher, "arch", None)
+            setattr(self, name, constants.pop(name) if name in constants else constant.default_for(arch))
+        if constants:
+            raise TypeError(f"{type(self).__name__} has no constant {', '.join(constants)}")
+        if isinstance(teacher, nn.Module):
             teacher.eval().requires_grad_(False)
 
-    def __call__(self, model, images, labels, epoch=0):
-        """Terms of un-rotated images (B, C, H, W) and labels (B,); `epoch` counts from 0."""
-        return self.step(model, images, labels, epoch)[0]
+    @classmethod
+    def constants(cls) -> dict[str, Constant]:
+        """Return name -> Constant, in the order in which they are written."""
+        found = {}
+        for base in reversed(cls.__mro__):
+            found.update({name: value for name, value in vars(base).items() if isinstance(value, Constant)})
+        return found
 
-    def step(self, model, images, labels, epoch=0):
-        """Terms and `Predictions` of un-rotated images (B, C, H, W) and labels (B,), with one forward call of model."""
+    def prepare(self, model: nn.Module, images: Tensor) -> None:
+        """Build what depends on the networks' shapes; called once before training, with a few `images` (B, C, H, W)."""
+
+    def step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Predictions]:
+        """Return the terms and the `Predictions` of a batch."""
         raise NotImplementedError
 
-    def teacher_outputs(self, images):
-        """The teacher's (logits, [aux logits]) without gradient; called first, while no activations are held."""
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        epoch: int | Tensor = 0,
+        index: Tensor | None = None,
+        teacher_outputs: Outputs | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the terms of un-rotated images (B, C, H, W) with labels (B,); see `Batch`."""
+        return self.step(model, Batch(images, labels, epoch, index, teacher_outputs))[0]
+
+    def teach(self, batch: Batch) -> Outputs:
+        """Return the teacher's outputs for a batch; call it first, while no activations are held."""
+        return self.read_teacher(batch.images) if batch.teacher_outputs is None else batch.teacher_outputs
+
+    def read_teacher(self, images: Tensor) -> Outputs:
+        """Return what the method reads of the teacher, without gradient: on all rotated views if it reads heads."""
         with torch.no_grad():  # not inference_mode, whose tensors torch.compile handles badly
-            return split_outputs(self.teacher(images))
+            if self.reads == "features":
+                return with_features(self.teacher, images)
+            views = rotate(images, rotations_of(self.teacher)) if self.reads == "heads" else images
+            outputs = split_outputs(self.teacher(views))
+        return outputs if self.reads == "heads" else Outputs(outputs.logits)
 
-    def outputs(self, model, images):
-        """(logits, [aux logits], teacher logits) where the teacher's heads are not used."""
-        teacher_logits, _ = self.teacher_outputs(images)
-        logits, aux_logits = split_outputs(model(images))
-        check_pair(logits, teacher_logits)
-        return logits, aux_logits, teacher_logits
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of the running state and of the trained parts; empty for an objective without any."""
+        trained = {f"trained.{name}": value for name, value in self.trained.state_dict().items()}
+        return {name: value.detach().clone() for name, value in {**self.state, **trained}.items()}
 
-    def state_dict(self):
-        """A copy of the running state; empty for an objective without any."""
-        return {name: value.clone() for name, value in self.state.items()}
-
-    def load_state_dict(self, state):
-        """Restore what `state_dict` gave, onto the device of the present state."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy what `state_dict` gave into the present state; KeyError if a part is missing."""
         for name, value in self.state.items():
             value.copy_(state[name])
+        self.trained.load_state_dict({name: state[f"trained.{name}"] for name in self.trained.state_dict()})
 
-    def to(self, device):
-        """Move teacher and running state to the device; returns self."""
+    def to(self, device: torch.device) -> "Objective":
+        """Move the teacher, the running state and the trained parts to the device; return self."""
         self.state = {name: value.to(device) for name, value in self.state.items()}
-        if isinstance(self.teacher, torch.nn.Module):
+        self.trained.to(device)
+        if isinstance(self.teacher, nn.Module):
             self.teacher.to(device)
         return self
+
+
+def with_features(model: nn.Module, images: Tensor) -> Outputs:
+    """Return a network's class logits (B, N) and the features of its stages, each (B, C, H, W), shallow to deep."""
+    model = unwrap(model)
+    features, logits = getattr(model, "backbone", model).forward_features(images)
+    return Outputs(logits, features=features)

@@ -76,10 +76,11 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     return grouped.transpose(1, 2).reshape(batch, channels, height, width)
 
 
-def init_weights(module: nn.Module, linear_std: float | None = None) -> None:
+def init_weights(module: nn.Module, linear_std: float | None = None, linear_bias: bool = True) -> None:
     """Initialise as the released code: convolutions N(0, 2 / (k * k * out_channels)), BatchNorm 1/0, biases 0.
 
-    Linear weights keep PyTorch's default unless `linear_std` asks for N(0, linear_std^2).
+    Linear layers keep PyTorch's default weights unless `linear_std` asks for N(0, linear_std^2), and its default biases
+    unless they are initialised (`linear_bias`).
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
@@ -88,10 +89,9 @@ def init_weights(module: nn.Module, linear_std: float | None = None) -> None:
             nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
         elif isinstance(layer, nn.BatchNorm2d):
             nn.init.ones_(layer.weight)
-        elif isinstance(layer, nn.Linear):
-            if linear_std is not None:
-                nn.init.normal_(layer.weight, std=linear_std)
-        else:
+        elif isinstance(layer, nn.Linear) and linear_std is not None:
+            nn.init.normal_(layer.weight, std=linear_std)
+        if isinstance(layer, nn.Linear) and not linear_bias:
             continue
-        if layer.bias is not None:
+        if getattr(layer, "bias", None) is not None:
             nn.init.zeros_(layer.bias)

@@ -98,7 +98,7 @@ class ImageNetResNet(Backbone):
         for index in range(4):
             self.add_module(f"layer{index + 1}", self.make_stage(index))
         self.add_module(self.head_name, nn.Linear(self.planes[-1] * block.expansion, num_classes))
-        init_weights(self)
+        init_weights(self, linear_bias=False)
 
     def add_stem(self) -> None:
         """Register the first convolution, 7x7 with stride 2."""
@@ -127,7 +127,7 @@ class ImageNetResNet(Backbone):
     def build_auxiliary(self, num_outputs: int) -> AuxiliaryClassifier:
         """Return four branches of the remaining stages."""
         auxiliary = AuxiliaryClassifier(copy_stages(self.make_stage, 4), self.head.in_features, num_outputs)
-        init_weights(auxiliary)
+        init_weights(auxiliary, linear_bias=False)
         return auxiliary
 
 

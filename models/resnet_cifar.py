@@ -23,7 +23,7 @@ class CifarResNet(Backbone):
         self.layer2 = self.make_stage(1)
         self.layer3 = self.make_stage(2)
         self.fc = nn.Linear(widths[-1], num_classes)
-        init_weights(self)
+        init_weights(self, linear_bias=False)
 
     def make_stage(self, index: int, repeated: bool = False) -> nn.Sequential:
         """Return a new stage `index`; a repeated one takes its own output at stride 1."""

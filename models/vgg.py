@@ -1,4 +1,4 @@
-"""VGG with BatchNorm for CIFAR (Simonyan & Zisserman, ICLR 2015), in five blocks and one linear layer."""
+"""VGG for CIFAR (Simonyan & Zisserman, ICLR 2015), in five blocks and one linear layer."""
 
 from functools import partial
 
@@ -11,12 +11,12 @@ from models.layers import Backbone, global_pool, init_weights
 WIDTHS = (64, 128, 256, 512, 512)
 
 
-def conv_block(in_width: int, width: int, convs: int) -> nn.Sequential:
-    """Return 3x3 convolutions with BatchNorm and ReLU, without the last ReLU."""
+def conv_block(in_width: int, width: int, convs: int, batch_norm: bool) -> nn.Sequential:
+    """Return 3x3 convolutions with ReLU, and BatchNorm if asked for, without the last ReLU."""
     layers: list[nn.Module] = []
     for index in range(convs):
-        layers += [nn.Conv2d(in_width if index == 0 else width, width, 3, padding=1), nn.BatchNorm2d(width)]
-        layers.append(nn.ReLU(inplace=True))
+        layers.append(nn.Conv2d(in_width if index == 0 else width, width, 3, padding=1))
+        layers += [nn.BatchNorm2d(width)] * batch_norm + [nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -25,9 +25,9 @@ class VGG(Backbone):
 
     head_name = "classifier"
 
-    def __init__(self, convs: tuple[int, int, int, int, int], num_classes: int):
+    def __init__(self, convs: tuple[int, int, int, int, int], num_classes: int, batch_norm: bool = True):
         super().__init__()
-        self.convs = convs
+        self.convs, self.batch_norm = convs, batch_norm
         for index in range(5):
             self.add_module(f"block{index}", self.make_block(index))
         self.classifier = nn.Linear(WIDTHS[-1], num_classes)
@@ -37,7 +37,7 @@ class VGG(Backbone):
         """Return a new block `index`, fed by the block before it unless `in_width` says otherwise."""
         if in_width is None:
             in_width = (3, *WIDTHS)[index]
-        return conv_block(in_width, WIDTHS[index], self.convs[index])
+        return conv_block(in_width, WIDTHS[index], self.convs[index], self.batch_norm)
 
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the taps (strides 1, 2, 4 and 8, or 16 for 64x64 images) and the embedding (B, 512)."""
@@ -72,6 +72,7 @@ class VGG(Backbone):
 
 
 BACKBONES = {
+    "vgg8": partial(VGG, (1, 1, 1, 1, 1), batch_norm=False),  # DPCD's student
     "vgg8_bn": partial(VGG, (1, 1, 1, 1, 1)),
     "vgg11_bn": partial(VGG, (1, 1, 2, 2, 2)),
     "vgg13_bn": partial(VGG, (2, 2, 2, 2, 2)),

@@ -7,7 +7,6 @@ import pytest
 
 def pytest_configure(config):
     """Hide the GPUs, from the processes that tests start as well, before PyTorch looks for them."""
-    config.addinivalue_line("markers", "cuda: needs a GPU")
     if config.getoption("markexpr") != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -19,5 +18,5 @@ def memory_is_given_back():
     Processes that tests start keep freed memory as a user's do.
     """
     with pytest.MonkeyPatch.context() as patch:  # modules' fixtures train too
-        patch.setattr("fast.keep_memory", lambda: None)
+        patch.setattr("training.speed.keep_memory", lambda: None)
         yield

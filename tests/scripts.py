@@ -1,19 +1,19 @@
 """Runs the project's scripts within the test process, on the CPU."""
 
-import contextlib
 import importlib
 import json
 import signal
 import sys
-from types import SimpleNamespace
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
 
-import distributed
 import models
+from training import launch
+from utils import World
 
-WORLD = distributed.World(0, 1, torch.device("cpu"))
+WORLD = World(0, 1, torch.device("cpu"))
 # Two steps of four images, in float32.
 QUICK = ("--dataset", "digits", "--batch-size", "4", "--limit-batches", "2", "--amp", "off")
 QUICK_RUN = (*QUICK, "--epochs", "1")
@@ -26,20 +26,15 @@ TRAINING = (
 )
 
 
-@contextlib.contextmanager
+@contextmanager
 def own_signal_handlers():
-    """Put back the signal handlers that a training run replaces."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    """Put back the signal handlers that a script sets."""
+    handlers = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def seen(classes, size=32):
-    """Return what stands for batches of images of so many classes, named by their numbers, and `size` pixels a side."""
-    return SimpleNamespace(classes=[str(number) for number in range(classes)], size=size)
 
 
 def parsed(script, *words):
@@ -49,8 +44,7 @@ def parsed(script, *words):
 
 def run(script, *argv, world=WORLD):
     """Run a script's `main` with the command line `argv`."""
-    with own_signal_handlers():
-        importlib.import_module(script).main(parsed(script, *argv), world)
+    importlib.import_module(script).main(parsed(script, *argv), world)
 
 
 def status(script, *argv):
@@ -59,10 +53,9 @@ def status(script, *argv):
     command = [f"{script}.py", *(str(word) for word in argv)]
     with own_signal_handlers(), mock.patch.object(sys, "argv", command):
         try:
-            distributed.run(module.parse_args, module.main)
+            launch.run(module.parse_args, module.main)
         except SystemExit as stop:
-            return stop.code
-    return 0
+            return stop.code or 0
 
 
 def save_teacher(path, name="resnet8_aux", num_classes=10, rotations=4):
@@ -73,7 +66,7 @@ def save_teacher(path, name="resnet8_aux", num_classes=10, rotations=4):
 
 
 def log_lines(folder):
-    """Return the records of a run folder's log without its timings."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    timings = ("images_per_second", "seconds", "peak_memory_mib")
-    return [{name: value for name, value in line.items() if name not in timings} for line in lines]
+    """Return the records of a run folder's log without what differs between equal runs."""
+    measured = ("images_per_second", "seconds", "peak_memory_mib")
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in measured} for line in lines]

@@ -1,122 +1,115 @@
-"""The published number that belongs to a run, found from what its args.json says."""
+"""What a run trained, and the published number that belongs to it."""
 
+import functools
 import json
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import models
+from training.run_folder import read_json
 
-TABLE = Path(__file__).resolve().parent / "results" / "published_results.json"
-
-
-def read_json(path):
-    """Return the dict in a JSON file, or None if there is none that can be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+TABLE = Path(__file__).resolve().parent.parent / "results" / "published_results.json"
+# Rows of the tables -> methods here.
+METHODS = {"KD": "kd", "FitNet": "fitnet", "CRD": "crd", "DPCD": "dpcd", "HSAKD": "hsakd", "HSAKD_joint": "hsakd*"}
+JOINT_ALONE = {"HSAKD": "hsakd*"}  # where only the joint teacher's student is published
+TEACHERS = {"teacher": "frozen", "teacher_joint": "joint"}
 
 
-def plain(arch):
-    """Return the published name of an architecture: no auxiliary heads, one network of a mutual pair."""
-    name = str(arch)
-    with suppress(ValueError):  # one that is unknown here
-        name = models.backbone_name(name)
-    return name.removesuffix("_imagenet").removesuffix("_bn")
+class Label(NamedTuple):
+    """What a run trained. Runs with equal labels differ at most in their settings."""
+
+    script: str
+    network: str  # "teacher -> student", or the one network
+    method: str  # with a star: of a jointly trained teacher
+    data: str
 
 
-def source_args(path):
-    """Return the settings of the run that wrote the weights at `path`, from its args.json or else the path."""
+def label_of(args: dict) -> Label:
+    """Return the Label of a run from its args.json."""
+    script, arch = Path(args["script"]).stem, args["arch"]
+    origin = source_args(args["s_path"]) if args.get("s_path") else args
+    tarch, data, method = origin.get("tarch"), args["dataset"], ""
+    if script.startswith("train_teacher"):
+        method = ("frozen" if args.get("freezed") else "joint") + ", one view" * (args.get("rotations") == 1)
+    elif tarch:
+        method = Path(origin.get("method") or "hsakd").name + "*" * has_joint_teacher(origin)
+    if args.get("s_path"):
+        data = f"{origin.get('dataset')} -> {data}"
+    elif args.get("few_ratio"):
+        data += f" ({args['few_ratio']:.0%})"
+    return Label(script, f"{tarch} -> {arch}" if tarch else arch, method, data)
+
+
+def source_args(path: str) -> dict:
+    """Return the arguments of the run that wrote the weights at `path`, from its args.json or else from the path."""
     known = read_json(Path(path).parent / "args.json")
     if known is not None:
-        return {"freezed": "freezed" in path, **known}
+        return known
     names = re.search(r"(train_\w+?)(?:_tarch_(\w+?))?_arch_(\w+)_dataset_([a-z0-9]+)", path)
-    script, tarch, arch, dataset = names.groups() if names else (None,) * 4
-    return {"script": script, "tarch": tarch, "arch": arch, "dataset": dataset, "freezed": "freezed" in path}
+    found = dict(zip(("script", "tarch", "arch", "dataset"), names.groups(), strict=True)) if names else {}
+    return found | {"freezed": "freezed" in path, "rotations": 1 if "one_view" in path else 4}
 
 
-def is_joint(args):
-    """Tell whether a student's teacher was trained jointly: it has auxiliary heads, no --freezed, and is no baseline."""
-    path = args.get("tcheckpoint")
-    if not path or not args["tarch"].endswith("_aux"):
+def has_joint_teacher(args: dict) -> bool:
+    """Return whether a student's teacher trained jointly with its auxiliary classifiers on rotated views."""
+    if not args.get("tcheckpoint") or not args["tarch"].endswith("_aux"):
         return False
-    source = source_args(path)
-    return not source.get("freezed") and source.get("script") != "train_baseline_cifar"
+    source = source_args(args["tcheckpoint"])
+    baseline = str(source.get("script")).startswith("train_baseline")
+    return not (baseline or source.get("freezed") or source.get("rotations") == 1)
 
 
-def cell(block, row, name, side=None):
-    """Return the published value of an architecture in a row of a block, or None; `side` picks an end of the pairs."""
-    columns = [column if side is None else column.split("->")[side] for column in block["columns"]]
-    return block[row][columns.index(name)] if name in columns and row in block else None
+def plain(arch: str) -> str:
+    """Return the published name of an architecture: no auxiliary classifiers, one network of a mutual pair."""
+    with suppress(ValueError):  # a network of another library
+        arch = models.backbone_name(arch)
+    return arch.removesuffix("_imagenet").removesuffix("_bn")
 
 
-def published_student(label, args, table):
-    """Return (value, whether its teacher was trained jointly) for a distilled student, or (None, None)."""
-    method, joint = label.method.rstrip("*"), label.method.endswith("*")
-    pair = f"{plain(args.get('tarch'))}->{plain(args.get('arch'))}"
-    row = {"hsakd": "HSAKD_joint" if joint else "HSAKD", "kd": "KD", "dpcd": "DPCD"}.get(method, method)
-    if args.get("few_ratio") is not None:
-        block = table.get(f"cifar100_few_shot_{pair}", {"ratio": []})
-        values = block.get(row.removesuffix("_joint"), [None] * len(block["ratio"]))
-        ratios = dict(zip(block["ratio"], values, strict=True))
-        return ratios.get(float(args["few_ratio"])), method == "hsakd"
-    if args.get("dataset") == "imagenet":
-        return table.get(f"imagenet_{pair}", {}).get(row, [None])[0], row == "HSAKD_joint"
-    return cell(table["dpcd_cifar100" if row == "DPCD" else "cifar100_offline"], row, pair), row == "HSAKD_joint"
+@functools.cache
+def published() -> dict[tuple, float | list]:
+    """Return {(kind of script, data, plain network, method): top-1, or [mean, std]} of all published results."""
+    table, values = json.loads(TABLE.read_text()), {}
 
+    def add(kind, data, networks, block, rows, start=0):
+        for row, method in rows.items():
+            for network, number in zip(networks, block.get(row, [])[start:], strict=False):
+                values.setdefault((kind, data, network.replace("->", " -> "), method), number)
 
-def published_transfer(args, table):
-    """Return the published accuracy of a linear classifier on frozen CIFAR-100 features, or None."""
-    origin, block = source_args(args.get("s_path") or ""), table["transfer_mobilenetV2_from_vgg13"]
-    name = re.sub("[^a-z0-9]", "", str(args.get("dataset")).lower())
-    column = {"stl10": "STL-10", "tinyimagenet": "TinyImageNet"}.get(name)
-    if plain(args.get("arch")) != "mobilenetV2" or origin.get("dataset") != "cifar100":
-        return None
-    if origin.get("tarch") is None:
-        return cell(block, "student", column)
-    row = {"hsakd": "HSAKD", "kd": "KD"}.get(origin.get("method") or "hsakd", "")
-    return cell(block, row, column) if plain(origin["tarch"]) == "vgg13" else None
-
-
-def published_single(label, args, table):
-    """Return the published accuracy of a teacher, baseline or mutual pair, or None."""
-    arch, imagenet = plain(args.get("arch")), table["imagenet_resnet34->resnet18"]
     offline, online, dpcd = (table[name] for name in ("cifar100_offline", "cifar100_online", "dpcd_cifar100"))
-    kind = next((kind for kind in ("teacher", "baseline", "online") if kind in label.script), "")
-    row = "teacher_joint" if label.method == "joint" else "teacher"
-    # Neither teachers with one-view heads nor baselines on a share of the training images were published.
-    if args.get("rotations", 4) != 4 or args.get("few_ratio") not in (None, 1):
-        return None
-    if args.get("dataset") == "imagenet":
-        rows = {
-            ("teacher", "resnet34"): row,
-            ("baseline", "resnet18"): "student",
-            ("online", "resnet18"): "HSSAKD_online_resnet18",
-        }
-        return imagenet.get(rows.get((kind, arch)), [None])[0]
-    if kind == "teacher":
-        return cell(offline, row, arch, 0)
-    if kind == "online":
-        return cell(online, "HSSAKD", arch)
-    found = (cell(offline, "student", arch, 1), cell(online, "baseline", arch), cell(dpcd, "student", arch, 1))
-    return next((value for value in found if value is not None), None)
+    for block in (offline, dpcd):
+        add("student", "cifar100", block["columns"], block, METHODS)
+    add("teacher", "cifar100", [pair.split("->")[0] for pair in offline["columns"]], offline, TEACHERS)
+    add("baseline", "cifar100", [pair.split("->")[1] for pair in offline["columns"]], offline, {"student": ""})
+    add("baseline", "cifar100", online["columns"], online, {"baseline": ""})
+    add("baseline", "cifar100", [pair.split("->")[1] for pair in dpcd["columns"]], dpcd, {"student": ""})
+    add("online", "cifar100", online["columns"], online, {"HSSAKD": ""})
+    few = table["cifar100_few_shot_resnet56->resnet20"]
+    for i, ratio in enumerate(few["ratio"]):
+        add("student", f"cifar100 ({ratio:.0%})", ["resnet56->resnet20"], few, METHODS | JOINT_ALONE, i)
+    transfer = table["transfer_mobilenetV2_from_vgg13"]
+    for i, data in enumerate(("cifar100 -> stl10", "cifar100 -> tinyimagenet")):
+        add("eval", data, ["mobilenetV2"], transfer, {"student": ""}, i)
+        for rows in (METHODS, JOINT_ALONE):  # the path alone does not say how the student's teacher was trained
+            add("eval", data, ["vgg13->mobilenetV2"], transfer, rows, i)
+    imagenet = table["imagenet_resnet34->resnet18"]
+    add("student", "imagenet", ["resnet34->resnet18"], imagenet, METHODS)
+    add("teacher", "imagenet", ["resnet34"], imagenet, TEACHERS)
+    add("baseline", "imagenet", ["resnet18"], imagenet, {"student": ""})
+    add("online", "imagenet", ["resnet18"], imagenet, {"HSSAKD_online_resnet18": ""})
+    return values
 
 
-def lookup(label, args, table):
-    """Return the published top-1 of a row as text, empty where there is none."""
-    note = ""
-    if label.script == "eval_rep":
-        value = published_transfer(args, table)
-    elif args.get("dataset") not in ("cifar100", "imagenet"):
-        value = None
-    elif args.get("tarch"):
-        value, joint = published_student(label, args, table)
-        if joint != label.method.endswith("*"):
-            note = " (jointly trained teacher)" if joint else " (plain teacher)"
-    else:
-        value = published_single(label, args, table)
-    if value is None:
-        return ""
-    return ("{:.2f}±{:.2f}".format(*value) if isinstance(value, list) else f"{value:.2f}") + note
+def lookup(label: Label) -> str:
+    """Return the published top-1 of what a run trained, empty if there is none."""
+    kind = label.script.removeprefix("train_").split("_")[0]
+    network = " -> ".join(plain(name) for name in label.network.split(" -> "))
+    starred = label.method.endswith("*")
+    other = label.method[:-1] if starred else label.method + "*"
+    for method, note in ((label.method, ""), (other, " (plain teacher)" if starred else " (joint teacher)")):
+        value = published().get((kind, label.data, network, method))
+        if value:
+            return ("{:.2f}±{:.2f}".format(*value) if isinstance(value, list) else f"{value:.2f}") + note
+    return ""

@@ -1,84 +1,180 @@
-"""The published flags of several processes (`--multiprocessing-distributed`): this script again, under torchrun."""
+"""The scripts' entry: from the command line to `main(args, world)`, in one process or many, and to its exit status."""
 
-import contextlib
+import argparse
+import errno
 import logging
 import os
 import signal
-import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
 
-import launcher
-from utils import UserError, available_cores, first_line, warn
+from training import distributed
+from utils import UserError, World, available_cores, first_line
+
+POLL_EVERY = 10  # steps between agreements of several processes on whether to stop
+STOP_SIGNALS = tuple(getattr(signal, f"SIG{name}") for name in ("TERM", "USR1", "HUP", "INT") if hasattr(signal, name))
+NOT_WRITABLE = (errno.EACCES, errno.EDQUOT, errno.EMFILE, errno.ENOSPC, errno.EPIPE, errno.EROFS)
 
 
-def gpu_count(gpu_id):
-    """Return how many GPUs a --gpu-id value such as '0,1,2' names (1 for none)."""
-    return len(gpu_id.split(",")) if gpu_id else 1
+class Preempted(SystemExit):
+    """The run was asked to stop and has saved itself: the script ends with status 143, or 130 after Ctrl-C."""
 
 
-def host_and_port(url):
-    """Return the host and the port of a --dist-url; UserError unless it is tcp://HOST:PORT of a known host."""
-    address, usable = urlparse(url), False
-    with contextlib.suppress(ValueError):  # a port out of range
-        usable = address.scheme == "tcp" and address.hostname and address.port
-    if not usable:
-        raise UserError(f"--dist-url {url}: expected tcp://HOST:PORT")
+class StopSignal:
+    """Within a `with` block, notes the signals that ask a run to stop, so that training can save before it ends.
+
+    A second Ctrl-C raises KeyboardInterrupt.
+    """
+
+    def __init__(self, signals: Iterable[int] = STOP_SIGNALS):
+        self.signals = signals
+        self.received = False
+        self.interrupted_at: float | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {number: signal.signal(number, self.note) for number in self.signals}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _: Any) -> None:
+        """Signal handler: remember that a stop was asked for."""
+        self.received = True
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self.interrupted_at is None:
+            self.interrupted_at = now
+        elif now > self.interrupted_at + 1 or not dist.is_initialized():  # torchrun hands on what the terminal has sent
+            raise KeyboardInterrupt
+
+    def agreed(self, world: World, step: int, steps: int) -> bool:
+        """Return whether the run stops after `step` of `steps`: at once if alone, else when all processes ask."""
+        if world.size > 1 and step % POLL_EVERY and step < steps:
+            return False
+        return distributed.any_over_ranks(self.received, world)
+
+    def preempted(self) -> Preempted:
+        """Return the exception that ends the run, once it is saved."""
+        return Preempted(143 if self.interrupted_at is None else 130)
+
+
+def restarted() -> bool:
+    """Return whether torchrun has started the processes again after one of them failed."""
+    return any(map(int, distributed.gather_objects(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
+
+
+def run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace, World], Any]) -> None:
+    """Run `main(args, world)` of a script: parse, start the processes that are asked for, join their group.
+
+    What the user can mend is one line on stderr. Exit status: 2 then, 1 for a lost process, 130 after Ctrl-C, 143 after
+    another signal to stop.
+    """
+    for number in STOP_SIGNALS:
+        if number not in (signal.SIGINT, signal.SIGTERM):  # they end the process as SIGTERM does: nothing to save yet
+            signal.signal(number, lambda *_: os._exit(143))
+    status = None
     try:
-        socket.getaddrinfo(address.hostname, address.port)
-    except OSError as error:
-        raise UserError(f"--dist-url {url}: {address.hostname}: {error.strerror}") from None
-    return address.hostname, address.port
+        args = parse_args()
+        check_launch(args)
+        if getattr(args, "multiprocessing_distributed", False) and "RANK" not in os.environ:
+            sys.exit(relaunch(args, sys.argv))
+        world = distributed.setup(args.gpu_id, getattr(args, "dist_backend", None), getattr(args, "sync_bn", False))
+        main(args, world)
+    except SystemExit as stop:
+        status = stop.code
+    except UserError as error:
+        fail(error, 2)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except (MemoryError, RuntimeError, OSError) as error:
+        known = explained(error)
+        if not known:
+            raise
+        fail(*known)
+    distributed.leave()
+    sys.exit(status)
 
 
-def relaunch(args, argv):
-    """Start this script again under torchrun with one process per id of --gpu-id, as the published flags ask.
+def check_launch(args: argparse.Namespace) -> None:
+    """Raise UserError if the flags or the scheduler ask for processes that nothing will connect."""
+    if "RANK" in os.environ or getattr(args, "multiprocessing_distributed", False):
+        return
+    if getattr(args, "world_size", 1) > 1 or getattr(args, "rank", 0):
+        raise UserError("--world-size and --rank need --multiprocessing-distributed")
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun alone: sbatch's --ntasks may stand for cores
+    if tasks > 1:
+        raise UserError(f"srun has started {tasks} tasks, each a run of its own: start one, which starts torchrun")
 
-    Returns the exit status: that of the processes' mistake or preemption (2, 143) where one of them has it.
+
+def relaunch(args: argparse.Namespace, argv: list[str]) -> int:
+    """Run the script again under torchrun, one process for each id of --gpu-id, as the published flags ask.
+
+    Returns the exit status: a mistake's or a stop's (2, 130, 143) if one of the processes ended with it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as start
+    from torch.distributed.run import main as torchrun
 
-    if args.rank >= args.world_size:
-        raise UserError(f"--rank {args.rank}: expected a machine's number below --world-size {args.world_size}")
-    host, port = host_and_port(args.dist_url)
-    processes = gpu_count(args.gpu_id)
-    if not args.gpu_id and torch.cuda.is_available():
-        processes = torch.cuda.device_count()
-    logging.disable(logging.ERROR)  # torchrun's, of this parent alone: the processes tell what went wrong
+    address = urlparse(args.dist_url)
+    if address.scheme != "tcp" or not address.port:
+        raise UserError(f"--dist-url {args.dist_url}: expected tcp://HOST:PORT")
+    processes = len(args.gpu_id.split(",")) if args.gpu_id else max(torch.cuda.device_count(), 1)
+    where = [f"--nnodes={args.world_size}", f"--node-rank={args.rank}", f"--nproc-per-node={processes}"]
+    where += [f"--master-addr={address.hostname}", f"--master-port={address.port}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cores() // processes, 1)))
-    os.environ[launcher.PID] = str(os.getpid())
-    # torchrun hands SIGTERM on to its processes, but not in every version SIGUSR1.
-    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    flags = {
-        "nnodes": args.world_size,
-        "node-rank": args.rank,
-        "nproc-per-node": processes,
-        "master-addr": host,
-        "master-port": port,
-    }
+    logging.disable(logging.ERROR)  # torchrun's own: the processes print what went wrong
+    if hasattr(signal, "SIGUSR1"):  # torchrun hands SIGTERM on to its processes, but not always SIGUSR1
+        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        start([*(f"--{name}={value}" for name, value in flags.items()), *argv])
+        torchrun([*where, *argv])
     except SignalException as error:
-        return 128 + error.sigval
+        return 130 if error.sigval == signal.SIGINT else 143
     except ChildFailedError as error:
         ended = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
-        for status in (2, 143):
-            if status in ended.values():
-                return status
-        listed = ", ".join(f"process {rank} ended with status {status}" for rank, status in ended.items())
-        warn(f"{os.path.basename(argv[0])}: error: {listed}")
-        return 1
-    except KeyboardInterrupt:  # the processes tell it
-        return 130
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistNetworkError) and "EADDRINUSE" not in str(error):  # as PyTorch 2.6 tells it
-            raise
-        reason = "its port is taken" if "EADDRINUSE" in str(error) else f"no connection there ({first_line(error)})"
-        raise UserError(f"--dist-url {args.dist_url}: {reason}") from None
-    finally:
-        del os.environ[launcher.PID]
+        killed = [f"process {rank} ended by signal {-status}" for rank, status in ended.items() if status < 0]
+        known = [status for status in (2, 130, 143) if status in ended.values()]
+        if killed and not known:
+            print_failure(", ".join(killed))
+        return known[0] if known else 1
+    except dist.DistNetworkError as error:
+        raise UserError(f"--dist-url {args.dist_url}: {first_line(error)}") from None
     return 0
+
+
+def explained(error: Exception) -> tuple[str, int] | None:
+    """Return (line, exit status) for what the machine lacks and for a lost process; None for other errors."""
+    text = first_line(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return f"{text}: lower --batch-size, or compute it in parts with --accumulate", 2
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+        if error.errno == errno.EPIPE:  # else what is still to be printed fails again when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"{error.filename or 'output'}: {error.strerror}", 2
+    if isinstance(error, dist.DistError) or "gloo/" in str(error):
+        silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        return f"another process {'did not answer within --dist-timeout' if silent else 'has ended'}", 1
+    return None
+
+
+def print_failure(text: object) -> None:
+    """Print one line on stderr, with the script's name before it."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(text).splitlines())}", file=sys.stderr, flush=True)
+
+
+def fail(text: object, status: int) -> NoReturn:
+    """Print one line, unless another process has printed its own, and end with `status`."""
+    if distributed.first_to_print():
+        print_failure(text)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)  # an orderly end would wait for the other processes
+    sys.exit(status)

@@ -1,52 +1,54 @@
 """What is measured: sums that stay on the device, accuracies of every classifier, evaluation, cost, an epoch's line."""
 
-import resource
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from distributed import gather_objects, sum_over_ranks
 from losses import joint_labels, rotate
-from objective import unwrap
-from precision import autocast
+from methods import Predictions
+from training.distributed import sum_over_ranks
+from training.precision import autocast
+from utils import unwrap
 
 
 class Totals:
     """Named sums over images, kept on the device until they are read."""
 
-    def __init__(self, device):
-        self.names = []
-        self.sums = None
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device):
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+        self.count = torch.zeros((), dtype=dtype, device=device)
 
-    def add(self, sums, count):
+    def add(self, sums: dict[str, Tensor], count: int) -> None:
         """Add a batch's `sums` (name -> scalar tensor) over `count` images, without a host sync."""
-        values = torch.stack([value.double() for value in sums.values()])
+        values = torch.stack([value.to(self.count) for value in sums.values()])
         if self.sums is None:
             self.names, self.sums = list(sums), torch.zeros_like(values)
         self.sums += values
         self.count += count
 
-    def means(self, over_ranks=True):
+    def means(self, over_ranks: bool = True) -> dict[str, float]:
         """Return name -> mean over the images of all ranks (or of this one)."""
-        # A rank may have seen no image, where all of its share are unreadable.
-        names = max(gather_objects(self.names), key=len) if over_ranks else self.names
-        if not names:
+        if self.sums is None:
             return {}
-        both = torch.cat([self.count.new_zeros(len(names)) if self.sums is None else self.sums, self.count.view(1)])
+        both = torch.cat([self.sums, self.count.view(1)])
         *sums, count = (sum_over_ranks(both) if over_ranks else both).tolist()
-        return {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
+        return {name: value / count for name, value in zip(self.names, sums, strict=True)}
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Return the sums over all ranks."""
         if self.sums is None:
             return {}
         return {"names": self.names, "sums": sum_over_ranks(self.sums), "count": sum_over_ranks(self.count)}
 
-    def load_state_dict(self, state, is_main):
-        """Go on from saved sums, which one rank carries for all."""
+    def load_state_dict(self, state: dict[str, Any], is_main: bool) -> None:
+        """Continue from saved sums, which one rank carries for all."""
         if state:
             keep = 1.0 if is_main else 0.0
             self.names = list(state["names"])
@@ -54,28 +56,34 @@ class Totals:
             self.count = state["count"].to(self.count) * keep
 
 
-def hits(logits, labels):
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
     """Return how many rows of `logits` (B, C) have their maximum at `labels` (B,)."""
     return (logits.argmax(1) == labels).sum()
 
 
-def class_logits(aux_logits, rotations):
-    """Return class logits (B, N) of joint logits (B, N*M): the sum over each class's M rotations (HSAKD's released code)."""
+def class_logits(aux_logits: Tensor, rotations: int) -> Tensor:
+    """Return class logits (B, N) of joint logits (B, N*M): the sum over each class's M rotations (HSAKD's code)."""
     return aux_logits.float().unflatten(1, (-1, rotations)).sum(2)
 
 
-def head_hits(aux_logits, labels, rotations):
-    """Return name -> hits of every auxiliary head: joint over all M*B views, class over the B un-rotated ones."""
+def head_hits(aux_logits: list[Tensor], labels: Tensor, rotations: int, upright: bool = False) -> dict[str, Tensor]:
+    """Return name -> hits of every auxiliary head, a share of each image's views.
+
+    `joint` and `class` are over all M*B views, as published; with `upright` the class on the B un-rotated ones too.
+    """
     found = {}
-    joint = joint_labels(labels, rotations)
+    joint, repeated = joint_labels(labels, rotations), labels.repeat_interleave(rotations)
     for number, logits in enumerate(aux_logits, 1):
+        by_class = class_logits(logits, rotations)
         found[f"aux{number}_joint"] = hits(logits, joint) / rotations
-        found[f"aux{number}_class"] = hits(class_logits(logits[::rotations], rotations), labels)
+        found[f"aux{number}_class"] = hits(by_class, repeated) / rotations
+        if upright:
+            found[f"aux{number}_upright"] = hits(by_class[::rotations], labels)
     return found
 
 
-def training_sums(terms, predictions, labels):
-    """Return name -> sum over the batch of each loss term (and `loss`) and of each classifier's hits."""
+def training_sums(terms: dict[str, Tensor], predictions: Predictions, labels: Tensor) -> dict[str, Tensor]:
+    """Return name -> sum over the batch of each loss term (and `loss`) and of each classifier's hits, in percent."""
     count = len(labels)
     sums = {"loss": sum(terms.values()).detach() * count}
     sums.update({name: value.detach() * count for name, value in terms.items()})
@@ -90,35 +98,49 @@ def training_sums(terms, predictions, labels):
     return sums
 
 
-def networks(model):
+def networks(model: nn.Module) -> dict[str, nn.Module]:
     """Return prefix -> network: the two of a mutual pair, or the one there is."""
     model = unwrap(model)
     return {"net1/": model.net1, "net2/": model.net2} if hasattr(model, "net1") else {"": model}
 
 
-def test_sums(network, images, labels, heads):
-    """Return name -> sum over a batch of the backbone's loss and hits, and with `heads` of every auxiliary head's."""
-    found = {}
+def test_logits(network: nn.Module, images: Tensor, heads: bool) -> tuple[Tensor, list[Tensor]]:
+    """Return the class logits (B, N) of images (B, C, H, W), and with `heads` the auxiliary logits of all views."""
     if heads and hasattr(network, "auxiliary_classifier"):
         logits, aux_logits = network(rotate(images, network.rotations))
-        logits = logits[:: network.rotations].float()
-        found = head_hits(aux_logits, labels, network.rotations)
-    else:
-        logits = getattr(network, "backbone", network)(images).float()
+        return logits[:: network.rotations].float(), aux_logits
+    return getattr(network, "backbone", network)(images).float(), []
+
+
+def test_sums(network: nn.Module, images: Tensor, labels: Tensor, heads: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Return name -> sum over a batch of losses and hits in percent, and each class's (hits, images) as (2, N)."""
+    logits, aux_logits = test_logits(network, images, heads)
+    found = head_hits(aux_logits, labels, network.rotations, upright=True) if aux_logits else {}
     top5 = logits.topk(min(5, logits.shape[1])).indices
     found["top1"] = hits(logits, labels)
     found["top5"] = (top5 == labels.unsqueeze(1)).any(1).sum()
-    return {"loss": F.cross_entropy(logits, labels, reduction="sum"), **{k: 100 * v for k, v in found.items()}}
+    by_class = torch.zeros(2, logits.shape[1], dtype=torch.float32, device=labels.device)
+    right = (logits.argmax(1) == labels).to(by_class)
+    by_class.index_add_(1, labels, torch.stack([right, torch.ones_like(right)]))
+    sums = {"loss": F.cross_entropy(logits, labels, reduction="sum"), **{k: 100 * v for k, v in found.items()}}
+    return sums, by_class
 
 
 @torch.no_grad()
-def evaluate(model, batches, device, dtype=torch.float32, heads=False, net=None):
+def evaluate(
+    model: nn.Module,
+    batches: Iterable,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    heads: bool = False,
+    net: int | None = None,
+) -> dict[str, float]:
     """Return name -> mean over the test images, each counted once: loss, top1, top5 and head accuracies, in percent.
 
-    Of a mutual pair every name has a prefix `net1/` or `net2/`, and `top1`, `top5` and `net` are those of the network `net`,
-    by default the better one.
+    `mean_class` is the mean of the classes' accuracies. Of a mutual pair every name has a prefix `net1/` or `net2/`,
+    and `top1`, `top5`, `mean_class` and `net` are those of the network `net`, by default the better one.
     """
-    totals = Totals(device)
+    totals, by_class = Totals(device), {}
     found = networks(model)
     modes = {network: network.training for network in found.values()}
     for network in modes:
@@ -126,23 +148,40 @@ def evaluate(model, batches, device, dtype=torch.float32, heads=False, net=None)
     # Heads see every view of an image: in so many parts a batch takes no more memory than without them.
     parts = max(getattr(network, "rotations", 1) for network in modes) if heads else 1
     for batch in batches:
-        for images, labels in zip(*(whole.chunk(parts) for whole in batch), strict=True):
+        for images, labels in zip(*(whole.to(device).chunk(parts) for whole in batch[:2]), strict=True):
             with autocast(device, dtype):
                 sums = {}
                 for prefix, network in found.items():
-                    sums.update({prefix + k: v for k, v in test_sums(network, images, labels, heads).items()})
+                    more, counts = test_sums(network, images, labels, heads)
+                    sums.update({prefix + name: value for name, value in more.items()})
+                    by_class[prefix] = by_class.get(prefix, 0) + counts
             totals.add(sums, len(labels))
     for network, training in modes.items():
         network.train(training)
     means = totals.means()
+    for prefix, counts in by_class.items():
+        right, images = sum_over_ranks(counts)
+        means[f"{prefix}mean_class"] = 100 * (right / images)[images > 0].mean().item()
     if len(found) > 1:
         means["net"] = net or (1 if means["net1/top1"] >= means["net2/top1"] else 2)
-        means["top1"] = means[f"net{means['net']}/top1"]
-        means["top5"] = means[f"net{means['net']}/top5"]
+        for name in ("top1", "top5", "mean_class"):
+            means[name] = means[f"net{means['net']}/{name}"]
     return means
 
 
-def multiply_adds(network, size):
+@torch.no_grad()
+def confusion(network: nn.Module, batches: Iterable, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the confusion matrix (N, N) int64 of a network's backbone: images of a row's class in a column's class."""
+    matrix = 0
+    for images, labels, *_ in batches:
+        with autocast(device, dtype):
+            logits, _ = test_logits(network, images.to(device), heads=False)
+        cells = labels.to(device) * logits.shape[1] + logits.argmax(1)
+        matrix = matrix + cells.bincount(minlength=logits.shape[1] ** 2).view(logits.shape[1], -1)
+    return sum_over_ranks(matrix)
+
+
+def multiply_adds(network: nn.Module, size: int) -> int:
     """Return the multiply-adds of one forward pass of an image of `size` pixels a side."""
     image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -150,7 +189,7 @@ def multiply_adds(network, size):
     return counter.get_total_flops() // 2
 
 
-def cost(network, size):
+def cost(network: nn.Module, size: int) -> dict[str, dict[str, int]]:
     """Return name -> parameters and multiply-adds, of the backbone and with the auxiliary classifiers."""
     parts = {"backbone": getattr(network, "backbone", network), "with_heads": network}
     return {
@@ -159,14 +198,18 @@ def cost(network, size):
     }
 
 
-def peak_memory(device):
-    """Return the most memory, in MiB, that this process has taken: on its GPU, or of the machine where it has none."""
+def peak_memory(device: torch.device) -> float:
+    """Return the most memory, in MiB, that this process has taken: on its GPU, or of the machine if it has none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**20  # CUDA graphs' memory counts as reserved alone
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def summary(record, epochs):
+def summary(record: dict[str, Any], epochs: int) -> str:
     """Return an epoch's line: loss, accuracies, speed and time left."""
     left = int((epochs - record["epoch"]) * record["seconds"])
     speed = f"{record['images_per_second']:.0f} images/s, " if record["images_per_second"] else ""

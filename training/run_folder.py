@@ -1,177 +1,165 @@
-"""Run folders: their names, whose they are, their logs and checkpoints."""
+"""Run folders: whose they are, their settings, logs and checkpoints."""
 
-import fcntl
 import json
+import math
 import os
-import sys
 import threading
-import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import torch
+import filelock
 
-import utils
-from objective import unwrap
-from precision import TYPES, type_name
+from utils import Checkpoint, UserError, replacing, save_checkpoint, warn
 
-# Arguments that may differ between a run and its resumption: where and how it runs, how long, and paths, whose files may
-# have moved. (That the teacher is the same one is checked by its weights, see `utils.digest`.)
+# Arguments that may differ between a run and its resumption: where and how it runs, how long, and paths, whose files
+# may have moved. (That the teacher is the same one is checked by its weights.)
 FREE_ARGUMENTS = {
-    "data", "checkpoint_dir", "num_workers", "gpu_id", "resume", "evaluate", "epochs", "dist_url", "dist_backend",
-    "world_size", "rank", "multiprocessing_distributed", "decode", "tcheckpoint", "pretrained_backbone", "skip_bad_images",
-}  # fmt: skip
-
-LOCK_PATIENCE = 10  # seconds that --resume waits for a killed run to let go of its folder
-
-
-def run_name(script, args):
-    """Return a run's folder name, as the published commands spell it (`_imagenet` is said by the data set's name)."""
-    parts = [script]
-    for key in ("tarch", "arch"):
-        if getattr(args, key, None):
-            parts += [key, getattr(args, key).replace("_imagenet", "")]
-    parts += ["dataset", args.dataset]
-    if getattr(args, "few_ratio", None):
-        parts += ["few_ratio", f"{args.few_ratio:g}"]
-    return "_".join(parts) + f"_seed{args.manual_seed}" + (f"_{args.tag}" if args.tag else "")
+    *("data", "checkpoint_dir", "num_workers", "gpu_id", "resume", "evaluate", "epochs", "save_minutes", "digests"),
+    *("dist_url", "dist_backend", "dist_timeout", "world_size", "rank", "multiprocessing_distributed"),
+    *("tcheckpoint", "pretrained_backbone", "skip_bad_images"),
+}
+# Those that change a result by rounding alone: they may differ too, in a line.
+ROUNDING_ARGUMENTS = {"accumulate", "compile", "amp"}
+LOCK_PATIENCE = 10  # seconds that a resumed run waits: the data workers of a killed one hold its lock until they notice
 
 
-def differences(old, new):
+def read_json(path: Path) -> dict | None:
+    """Return the dict in a JSON file, or None if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_log(path: Path) -> list[dict]:
+    """Return the epochs of a log.jsonl in order; of repeated ones the later, without a line cut off by a kill."""
+    epochs = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            epochs[entry["epoch"]] = entry
+    return [epochs[number] for number in sorted(epochs)]
+
+
+def json_ready(value: Any) -> Any:
+    """Return `value` with None for every number within its dicts that JSON has no word for: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: json_ready(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_form(value: Any) -> Any:
+    """Return `value` as it is once written as JSON and read again: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def differences(old: dict, new: dict, free: set[str] = FREE_ARGUMENTS) -> list[str]:
     """Return 'name old -> new' for each setting that shapes the result and differs.
 
     A flag that did not exist yet is one that is not given: None, False or 0.
     """
-    new = json.loads(json.dumps(new))
-    keys = sorted((old.keys() | new.keys()) - FREE_ARGUMENTS)
+    new = json_form(new)
+    keys = sorted((old.keys() | new.keys()) - free)
     return [f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if (old.get(k) or None) != (new.get(k) or None)]
 
 
 class RunFolder:
     """One run's folder: claimed by one process at a time, never overwritten by a run with other settings."""
 
-    def __init__(self, script, args):
-        self.path = Path(args.checkpoint_dir) / run_name(script, args)
-        self.last = self.path / f"{args.arch}.pth.tar"
-        self.best = self.path / f"{args.arch}_best.pth.tar"
+    def __init__(self, path: str | os.PathLike, arch: str, settings: dict):
+        arch = arch.replace("/", "-").replace(":", "-")
+        self.path = Path(path)
+        self.last = self.path / f"{arch}.pth.tar"
+        self.best = self.path / f"{arch}_best.pth.tar"
         self.log = self.path / "log.jsonl"
         self.arguments = self.path / "args.json"
-        self.settings = {"script": script, **vars(args)}
-        self.lock = None
+        self.settings = settings
+        self.lock = filelock.FileLock(self.path / ".lock", fallback_to_soft=False)
 
-    def was_claimed_by(self, launch):
-        """Return whether the launch of this name was among the last to claim the folder."""
-        with suppress(OSError):
-            return launch in (self.path / ".lock").read_text(errors="replace").splitlines()
-        return False
-
-    def claim(self, resume, launches=()):
-        """Create or reopen the folder for `launches`, their names; UserError where it holds another run or one in progress."""
+    def claim(self, resume: bool) -> None:
+        """Create or reopen the folder; UserError if it holds another run, or one in progress."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until the process ends
-        except OSError as error:
-            raise utils.UserError(f"cannot write the run folder {self.path}: {error.strerror}") from None
-        # The data workers of a killed run hold its lock until they notice, some seconds later.
-        patience = time.monotonic() + (LOCK_PATIENCE if resume else 0)
-        while not self.locked():
-            if time.monotonic() > patience:
-                raise utils.UserError(f"{self.path}: another process is training in this folder")
-            time.sleep(0.5)
+            self.lock.acquire(timeout=LOCK_PATIENCE if resume else 0)
+        except filelock.Timeout:
+            raise UserError(f"{self.path}: another process is training in this folder") from None
+        except (OSError, NotImplementedError) as error:
+            if not os.access(self.path, os.W_OK):
+                raise UserError(f"cannot write the run folder {self.path}: {error}") from None
+            warn(f"warning: {self.path}: its file system has no locks; see to it that no other run writes there")
         if self.last.exists() or self.best.exists() or read_log(self.log):
             self.check_continued(resume)
-        self.lock.truncate(0)
-        self.lock.write("\n".join(sorted(set(launches))))
-        self.lock.flush()
 
-    def check_continued(self, resume):
+    def check_continued(self, resume: bool) -> None:
         """Raise UserError unless the run in the folder is this one, to be resumed from its last checkpoint."""
         if not resume:
-            raise utils.UserError(f"{self.path} already holds a run: continue it with --resume or name this one with --tag")
-        self.check_settings(self.written_settings())
+            raise UserError(f"{self.path} already holds a run: continue it with --resume or name this one with --tag")
+        settings = read_json(self.arguments)
+        if settings is None:
+            raise UserError(f"--resume: {self.arguments} is missing or unreadable: put it back, or use --tag")
+        changed = differences(settings, self.settings, FREE_ARGUMENTS | ROUNDING_ARGUMENTS)
+        if changed:
+            raise UserError(f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag")
+        for change in differences(settings, self.settings):
+            warn(f"--resume: {change}")
         if not self.last.exists():  # it is written before the best one and the log
-            raise utils.UserError(f"--resume: {self.last} is missing: put it back, or {self.recovery()}")
+            raise UserError(f"--resume: {self.last} is missing: put it back, or {self.recovery()}")
 
-    def recovery(self):
+    def recovery(self) -> str:
         """Return what to do without a last checkpoint that can be read."""
         if self.best.exists():
-            return f"copy {self.best.name} over it to go on from the best epoch, or start anew with --tag"
+            return f"copy {self.best.name} over it to resume from the best epoch, or start anew with --tag"
         return "start anew with --tag"
 
-    def close(self):
-        """Let go of the folder, so that this process too can open it again."""
-        if self.lock:
-            self.lock.close()
-
-    def locked(self):
-        """Try to lock the folder for this process; return whether it is."""
+    def read_last(self) -> Checkpoint:
+        """Return the last checkpoint; UserError if it cannot be read."""
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+            return Checkpoint(self.last)
+        except UserError as error:
+            raise UserError(f"--resume: {error}; {self.recovery()}") from None
 
-    def written_settings(self):
-        """Return the settings of the run in the folder; UserError where they cannot be read."""
-        with suppress(OSError, ValueError, RecursionError):
-            settings = json.loads(self.arguments.read_text())
-            if isinstance(settings, dict):
-                return settings
-        raise utils.UserError(f"--resume: {self.arguments} is missing or unreadable: put it back, or use --tag")
+    def close(self) -> None:
+        """Let go of the folder, so that another run of this process too can open it."""
+        self.lock.release()
 
-    def check_settings(self, old):
-        """Raise UserError where `old`, an earlier run's settings, are not this run's."""
-        changed = differences(old, self.settings)
-        if changed:
-            raise utils.UserError(f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag")
-
-    def write_settings(self):
+    def write_settings(self) -> None:
         """Write the run's settings."""
-        with utils.replacing(self.arguments, "w") as file:
+        with replacing(self.arguments, "w") as file:
             file.write(json.dumps(self.settings, indent=1) + "\n")
 
-
-def read_log(path):
-    """Return the epochs of a log.jsonl in order, the later line where one was repeated, without lines cut off by a kill."""
-    epochs = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError, TypeError, KeyError, RecursionError):
-            entry = json.loads(line)
-            if type(entry["epoch"]) is int:
-                epochs[entry["epoch"]] = entry
-    return [epochs[number] for number in sorted(epochs)]
-
-
-def leave_to_the_main_thread(failure):
-    """Hook of a thread's exception: TensorBoard's threads hand what fails on to the main thread, which tells it."""
-    if not type(failure.thread).__module__.startswith("tensorboard"):
-        threading.__excepthook__(failure)
+    def save(self, state: dict, best: bool) -> None:
+        """Write a Trainer's state as the last checkpoint, and before it as the best one if it is."""
+        if best:
+            save_checkpoint(state, self.best)
+        save_checkpoint(state, self.last)
 
 
 class RunLog:
     """A run's `log.jsonl` (one line an epoch) and TensorBoard events."""
 
-    def __init__(self, folder, epochs_done=0):
+    def __init__(self, folder: RunFolder, epochs_done: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder.log
         kept = [entry for entry in read_log(self.path) if entry["epoch"] <= epochs_done]
         if len(kept) < epochs_done:
             missing = epochs_done - len(kept)
-            utils.warn(f"warning: {self.path}: {missing} of the {epochs_done} epochs trained so far are missing")
-        with utils.replacing(self.path, "w") as file:
+            warn(f"warning: {self.path}: {missing} of the {epochs_done} epochs trained so far are missing")
+        with replacing(self.path, "w") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in kept)
-        threading.excepthook = leave_to_the_main_thread
+        threading.excepthook = _tensorboard_is_silent
         try:
             self.events = SummaryWriter(str(folder.path), purge_step=epochs_done + 1)
         except OSError as error:
-            raise utils.UserError(f"cannot write TensorBoard's events in {folder.path}: {error.strerror}") from None
+            raise UserError(f"cannot write TensorBoard's events in {folder.path}: {error.strerror}") from None
 
-    def write(self, record):
+    def write(self, record: dict) -> None:
         """Append one epoch's flat record; a number that is not finite becomes null, which every JSON reader knows."""
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(utils.json_ready(record)) + "\n")
+                file.write(json.dumps(json_ready(record)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             for key, value in record.items():
@@ -179,93 +167,10 @@ class RunLog:
                     self.events.add_scalar(key, value, record["epoch"])
             self.events.flush()
         except OSError as error:
-            raise utils.UserError(f"cannot write {self.path}: {error.strerror}") from None
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
 
 
-def checkpoint_of(run):
-    """Return everything that the checkpoint of an engine.Run holds, in the first process; the others take part."""
-    totals = run.totals.state_dict() if run.step_in_epoch else {}
-    if not run.world.is_main:
-        return None
-    model = unwrap(run.model)
-    return utils.to_cpu(
-        {
-            "net": model.state_dict(),
-            "acc": run.last_accuracy,
-            "epoch": run.epoch,
-            "optimizer": run.optimizer.state_dict(),
-            "arch": run.args.arch,
-            "num_classes": run.data.num_classes,
-            "size": run.data.size,
-            "data": run.data.about,
-            "rotations": getattr(model, "rotations", None),
-            "dataset": run.args.dataset,
-            "method": getattr(run.args, "method", None),
-            "args": json.loads(json.dumps(vars(run.args))),
-            "versions": utils.versions(),
-            "rng": {"torch": torch.get_rng_state()},
-            "order": {"seed": run.args.manual_seed, "epoch": run.epoch, "step": run.step_in_epoch},
-            "objective": run.objective.state_dict(),
-            "teacher_digest": run.teacher_digest,
-            "totals": totals,
-            "scaler": run.scaler.state_dict(),
-            "precision": type_name(run.precision),
-            "best": run.best,
-        }
-    )
-
-
-@contextmanager
-def foreign_checkpoint_explained(path):
-    """Turn what fails in reading the content of a checkpoint that another program wrote into a UserError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
-        reason = utils.first_line(error)
-        raise utils.UserError(f"{path}: no checkpoint of this project to resume from ({reason})") from None
-
-
-def check_same_run(run, content):
-    """Raise UserError where a checkpoint's dict is another run's: of other settings, training images or teacher."""
-    if isinstance(content.get("args"), dict):
-        run.folder.check_settings(content["args"])
-    if content.get("data", run.data.about) != run.data.about:
-        both = f"{content['data']}, here {run.data.about}"
-        raise utils.UserError(f"--resume: the run in {run.folder.path} has other training images: {both}")
-    if content.get("teacher_digest") != run.teacher_digest:
-        raise utils.UserError(f"--resume: the run in {run.folder.path} has a teacher of other weights: use --tag")
-
-
-def whole(value, most):
-    """Return `value`; ValueError unless it is a whole number from 0 to `most`."""
-    if type(value) is not int or not 0 <= value <= most:
-        raise ValueError(f"{value} is no whole number from 0 to {most}")
-    return value
-
-
-def restore(run):
-    """Bring an engine.Run to where its folder's last checkpoint stands; UserError where that is another run's."""
-    try:
-        content = utils.load_weights(run.model, run.folder.last)
-    except utils.UserError as error:
-        raise utils.UserError(f"--resume: {error}; {run.folder.recovery()}") from None
-    with foreign_checkpoint_explained(run.folder.last):
-        check_same_run(run, content)
-        run.precision = TYPES[content["precision"]]
-    run.prepare()
-    with foreign_checkpoint_explained(run.folder.last):
-        run.optimizer.load_state_dict(content["optimizer"])
-        if any(state["momentum_buffer"].shape != parameter.shape for parameter, state in run.optimizer.state.items()):
-            raise ValueError("momentum of another shape")  # a fused step would read beyond it
-        run.scaler.load_state_dict(content["scaler"])
-        run.objective.load_state_dict(content["objective"])
-        run.epoch = whole(content["order"]["epoch"], sys.maxsize)
-        run.step_in_epoch = whole(content["order"]["step"], len(run.data.train))
-        run.totals.load_state_dict(content["totals"], run.world.is_main)
-        run.best, run.last_accuracy = {name: content["best"][name] for name in run.best}, content["acc"]
-        torch.set_rng_state(content["rng"]["torch"])
-    done = run.epoch + (run.step_in_epoch > 0)
-    if done > run.args.epochs:
-        raise utils.UserError(f"--epochs {run.args.epochs}: the run in {run.folder.path} is in epoch {done} already")
+def _tensorboard_is_silent(failure: threading.ExceptHookArgs) -> None:
+    """Hook of a thread's exception: on a full disk TensorBoard's thread fails, and hands that on to the main thread."""
+    if not type(failure.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failure)

@@ -1,298 +1,319 @@
-"""The training loop of every experiment: train one epoch, fit a run with checkpoints and logs."""
+"""The one training loop: epochs, tests, the choice of the best, saves and resumption."""
 
 import contextlib
-import inspect
 import math
-import sys
+import os
 import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from torch import nn
 
-import distributed
-import fast
-import launcher
-import loading
-import runs
 import utils
-from metrics import Totals, evaluate, peak_memory, summary, training_sums
-from precision import TYPES, autocast, resolve_precision, type_name
-from preemption import Preempted, StopSignal
+from methods import Batch, Objective
+from training import distributed, launch, state
+from training.metrics import Totals, evaluate, peak_memory, summary
+from training.optim import Factory, optimizer_factory, rate_factor, set_rate
+from training.precision import TYPES, resolve_precision, type_name
+from training.progress import Progress
+from training.run_folder import RunFolder, RunLog
+from training.step import TrainingStep
+from utils import Checkpoint, UserError, World, print_main
 
 HEADS_EVERY = 10  # epochs between tests of all auxiliary heads; the backbone is tested every epoch
 
 
-class Run:
-    """One training run: model, objective, optimizer and where they stand. `fit` drives it."""
+@dataclass(eq=False)
+class Trainer:
+    """Trains `model` by `objective`: complete once made, and `fit` runs it.
 
-    def __init__(self, args, world, model, objective, data):
-        self.args, self.world, self.data = args, world, data
-        self.model = model.to(world.device, memory_format=torch.channels_last)
-        self.objective = objective.to(world.device)
-        self.folder = runs.RunFolder(args.script, args)
-        teacher = self.objective.teacher
-        self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, torch.nn.Module) else None
-        self.epoch, self.step_in_epoch = 0, 0
-        self.totals = Totals(world.device)
-        self.best, self.last_accuracy = {"acc": -1.0, "test": None, "epoch": 0, "net": None}, None
-        # A probe may choose it: what the first rank finds holds for all.
-        self.precision = distributed.gather_objects(resolve_precision(args.amp, world.device))[0]
+    Images are (B, 3, H, W) float32, labels and indices (B,) int64. The batches of `imagesets` can be entered at any
+    step, so a run on them resumes inside an epoch; on a plain DataLoader it resumes at its last finished epoch.
+    Settings of an optimizer or a schedule by name are refused beside a callable (ValueError); None stands for the
+    published value. UserError for a folder that holds another run.
+    """
+
+    model: nn.Module
+    objective: Objective
+    _: KW_ONLY
+    train: Iterable  # with a length: (images, labels) or (images, labels, index)
+    test: Iterable  # (images, labels)
+    epochs: int
+    val: Iterable | None = None  # chooses the best epoch in place of `test`
+    optimizer: str | Factory = "sgd"  # "sgd", "adamw", or a callable of the parameters
+    lr: float | None = None
+    weight_decay: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+    schedule: str | Callable[[float], float] = "multistep"  # "multistep", "cosine", or a callable of progress 0 to 1
+    milestones: Iterable[int] = ()  # epochs after the warm-up at which the rate is x0.1
+    warmup: int = 0  # epochs
+    seed: int = 0
+    amp: str = "auto"  # precision: auto, off, bf16, fp16
+    accumulate: int = 1  # parts that a batch is computed in
+    compile: bool = False
+    sync_bn: bool = False
+    folder: str | os.PathLike | None = None  # for checkpoints and logs; None writes nothing
+    resume: bool = False
+    evaluate: bool = False  # `fit` tests the folder's best weights instead of training
+    save_minutes: float = 15  # between saves inside an epoch
+    dist_timeout: float = 10  # minutes that a process waits for the others, once training has begun
+    settings: dict = field(default_factory=dict)  # what the run folder stores, and compares when a run is resumed
+    info: dict = field(default_factory=dict)  # what a checkpoint says of its data: class names, size, mean, std
+    world: World | None = None
+
+    def __post_init__(self):
+        self.world = self.world or distributed.setup()
+        self.milestones = tuple(self.milestones)
+        if callable(self.schedule) and (self.milestones or self.warmup):
+            raise ValueError("milestones and warmup belong to schedules by name; a callable sets its own")
+        if self.objective.whole_batches and self.accumulate > 1:
+            raise UserError(f"--accumulate has no part in {self.objective.name}: its running state is of whole batches")
+        given = {name: getattr(self, name) for name in ("lr", "weight_decay", "momentum", "nesterov")}
+        self.factory = optimizer_factory(self.optimizer, **given)
+        self.settings = self.settings or {
+            "method": self.objective.name,
+            "seed": self.seed,
+            "epochs": self.epochs,
+            **given,
+        }
+        self.arch = getattr(self.model, "arch", type(self.model).__name__)
+        self.run = RunFolder(self.folder, self.arch, self.settings) if self.folder else None
+        self.epoch, self.step_in_epoch, self.last_top1 = 0, 0, None
+        self.best = {"epoch": 0, "value": -1.0, "top1": None, "net": None}
+        self.totals = Totals(self.world.device)
+        saved = self.claim() if self.run and not self.evaluate else None
+        self.precision = resolve_precision(self.amp, self.world.device)
+        if saved and self.amp == "auto":
+            self.precision = TYPES.get(saved.content.get("precision"), self.precision)
+        self.build()
+        distributed.check_same(self.shaping(), self.world)
+        if saved:
+            state.resume(self, saved)
+        if self.run and not self.evaluate and self.world.is_main:
+            self.run.write_settings()
+
+    def claim(self) -> Checkpoint | None:
+        """Claim the run folder; return the checkpoint to resume from, if there is one."""
+        resume = self.resume or launch.restarted()
+        if self.world.is_main:
+            self.run.claim(resume)
+        distributed.barrier()
+        if resume and not self.run.last.exists():
+            print_main(f"--resume: no checkpoint in {self.run.path} yet, starting from the beginning")
+        return self.run.read_last() if resume and self.run.last.exists() else None
+
+    def build(self) -> None:
+        """Move the networks to the device, and build what trains them."""
+        device, objective = self.world.device, self.objective
+        # A CPU's channels-last BatchNorm sums with a larger error: float32 asked for by name takes the other layout.
+        exact = device.type == "cpu" and self.amp == "off"
+        layout = torch.contiguous_format if exact else torch.channels_last
+        self.model.to(device, memory_format=layout)
+        objective.to(device)
+        teacher = objective.teacher
+        self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, nn.Module) else None
+        if type(objective).prepare is not Objective.prepare:
+            objective.prepare(self.model, next(iter(self.train))[0].to(device))
+            objective.to(device)
+        compile_for = None
+        if self.compile:
+            size = getattr(self.train, "batch_size", None) or len(next(iter(self.train))[0])
+            compile_for = math.ceil(size / self.world.size / self.accumulate)
+        self.step = TrainingStep(
+            self.model,
+            objective,
+            self.factory,
+            self.precision,
+            self.world,
+            layout=layout,
+            accumulate=self.accumulate,
+            compile_for=compile_for,
+            sync_bn=self.sync_bn,
+        )
         torch.backends.cudnn.benchmark = True  # nearly every step has the same shapes
 
-    def prepare(self):
-        """Wrap the model for several processes and build what trains it, once the starting weights are in place."""
-        args, device = self.args, self.world.device
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            trained,
-            lr=args.init_lr,
-            momentum=0.9,
-            weight_decay=args.weight_decay,
-            nesterov=args.nesterov,
-            fused=True,
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        if self.scaler.is_enabled():
-            # A fused first step that the scaler skips would leave momentum that nothing has written.
-            for parameter in trained:
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        if device.type == "cpu":
-            fast.keep_memory()
-            if self.precision == torch.bfloat16:
-                fast.suit_cpu(self.model)
-        self.wrapped = self.wrap()
-        if isinstance(self.objective.teacher, torch.nn.Module):
-            self.objective.teacher = fast.inference_copy(self.objective.teacher, self.data.size, self.precision)
-        self.forward = self.forward_eager
-        if args.compile:
-            usual = math.ceil(args.batch_size / self.world.size / args.accumulate)
-            # DistributedDataParallel's hooks split the step into several graphs; CUDA graphs of these would hold their
-            # gradients at fixed addresses, which its buckets replace.
-            graphs = device.type == "cuda" and self.world.size == 1
-            self.forward = fast.CompiledStep(self.forward_eager, usual, device, graphs, self.objective.state.values())
+    def shaping(self) -> dict[str, Any]:
+        """Return what must be equal in all processes, for their results would be silently wrong."""
+        ours = ("rank", "gpu_id", "num_workers", "checkpoint_dir", "data", "tcheckpoint", "pretrained_backbone")
+        settings = {name: value for name, value in self.settings.items() if name not in ours}
+        data = {"steps an epoch": len(self.train), "images": self.info.get("images")}
+        data["classes"] = self.info.get("class_names")
+        return {**settings, **data, "teacher": self.teacher_digest, "torch": str(torch.__version__)}
 
-    def wrap(self):
-        """Return the model as it is trained: itself in one process, in several one whose gradients are averaged."""
-        if self.world.size == 1:
-            return self.model
-        model, device = self.model, self.world.device
-        if self.args.sync_bn:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # Training reads no running statistics, and evaluation shares the first process's: no broadcast in each step.
-        names = inspect.signature(DistributedDataParallel).parameters
-        broadcast = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # its older name
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **{broadcast: False},
-        )
-        if device.type == "cpu":
-            wrapped.register_comm_hook(self.world.size, distributed.average_in_rank_order)
-        return wrapped
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state, which is what a checkpoint holds; all processes of a group take part."""
+        return state.state_of(self)
 
-    def forward_eager(self, images, labels, epoch):
-        """Return the loss of a batch and its training sums (name -> scalar)."""
-        with autocast(images.device, self.precision):
-            terms, predictions = self.objective.step(self.wrapped, images, labels, epoch)
-        return sum(terms.values()), training_sums(terms, predictions, labels)
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Copy a state into this Trainer's own tensors; ValueError or KeyError if it does not fit."""
+        state.load(self, saved)
 
-    @contextlib.contextmanager
-    def single_image_explained(self, count):
-        """Turn PyTorch's refusal of a single value a channel, in a batch of `count` images, into a UserError."""
-        try:
-            yield
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            problem = f"{self.args.arch} cannot train on a batch of {count} image of this size: its BatchNorm needs more than"
-            raise utils.UserError(f"{problem} one value a channel; take another --batch-size") from None
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch; return the best epoch's record: `epoch`, `top1`, `value` of what chose it, `net`.
 
-    def step(self, images, labels, epoch):
-        """Take one optimizer step on a batch, computed in `--accumulate` parts."""
-        parts = min(self.args.accumulate, len(images))
-        chunks = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
-        if self.args.compile:
-            torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten from here on
-        for number, (x, y) in enumerate(chunks, 1):
-            waiting = self.world.size > 1 and number < len(chunks)
-            unsynced = self.wrapped.no_sync() if waiting else contextlib.nullcontext()
-            with unsynced, self.single_image_explained(len(x)), fast.compiler_explained():
-                loss, sums = self.forward(x, y, epoch)
-                self.scaler.scale(loss * (len(x) / len(images))).backward()
-            self.totals.add(sums, len(x))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        With `evaluate`, return the accuracies of the folder's best weights. SIGTERM, SIGUSR1, SIGHUP or Ctrl-C saves at
+        the next step and raises launch.Preempted.
+        """
+        with contextlib.ExitStack() as stack:
+            for part in (self.train, self.val, self.test, self.run):
+                if hasattr(part, "close"):
+                    stack.callback(part.close)
+            if self.evaluate:
+                return self.test_best()
+            distributed.set_timeout(self.dist_timeout)
+            stop = stack.enter_context(launch.StopSignal()) if self.run else None
+            log = RunLog(self.run, self.epoch) if self.run and self.world.is_main else None
+            name = f"{self.run.path}: " if self.run else ""
+            rate = self.step.optimizer.param_groups[0]["lr"]
+            print_main(f"{name}lr {rate:g}, {type_name(self.precision)}, {len(self.train)} steps an epoch")
+            for epoch in range(self.epoch, self.epochs):
+                record = self.one_epoch(epoch, stop)
+                if log:
+                    log.write(record)
+                if self.run:
+                    self.save(best=self.best["epoch"] == epoch + 1)
+                print_main(summary(record, self.epochs))
+        self.print_best()
+        return self.best
 
-    def train_epoch(self, epoch, stop):
+    def one_epoch(self, epoch: int, stop: launch.StopSignal | None) -> dict[str, Any]:
+        """Train and test one epoch and return its flat record."""
+        began, seen_before = time.perf_counter(), self.totals.count.item()
+        self.train_epoch(epoch, stop)
+        images = (self.totals.count.item() - seen_before) * self.world.size  # this waits for the device as well
+        seconds = time.perf_counter() - began
+        trained = {f"train/{name}": value for name, value in self.totals.means().items()}
+        self.totals, self.step_in_epoch, self.epoch = Totals(self.world.device), 0, epoch + 1
+        rate = self.step.optimizer.param_groups[0]["lr"]
+        record = {"epoch": epoch + 1, "lr": rate, **trained, **self.test_epoch(epoch)}
+        self.last_top1 = record["test/top1"]
+        # A run resumed after an epoch's last step has trained on nothing in this one.
+        record.update({"images_per_second": images / seconds or None, "seconds": time.perf_counter() - began})
+        record["peak_memory_mib"] = peak_memory(self.world.device)
+        return record
+
+    def train_epoch(self, epoch: int, stop: launch.StopSignal | None) -> None:
         """Train from the step where the run stands to the end of `epoch`; save and raise Preempted when asked to."""
-        batches, args = self.data.train, self.args
-        self.wrapped.train()
-        bar = tqdm(
-            total=len(batches),
-            initial=self.step_in_epoch,
-            desc=f"epoch {epoch + 1}/{args.epochs}",
-            disable=not (self.world.is_main and sys.stderr.isatty()),
-        )
-        with contextlib.closing(batches.epoch(epoch, self.step_in_epoch)) as left:
-            for images, labels in left:
-                rate = utils.learning_rate(args, epoch, (self.step_in_epoch + 1) / len(batches))
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                with stop.reaches_the_compiler() if args.compile else contextlib.nullcontext():
-                    self.step(images, labels, epoch)
+        if self.step_in_epoch == 0:  # of networks with dropout, and of a DataLoader's order
+            torch.manual_seed((self.seed + epoch * 0x9E3779B97F4A7C15) % 2**63)
+        title, steps = f"epoch {epoch + 1}/{self.epochs}", len(self.train)
+        self.saved_at = time.monotonic()
+        self.step.wrapped.train()
+        progress = Progress(title, self.step_in_epoch, steps, self.world.is_main, self.means_so_far)
+        with contextlib.closing(progress), contextlib.closing(self.batches(epoch)) as batches:
+            for batch in batches:
+                factor = rate_factor(
+                    self.schedule, epoch, self.step_in_epoch, steps, self.epochs, self.milestones, self.warmup
+                )
+                set_rate(self.step.optimizer, factor)
+                self.step(batch, self.totals)
                 self.step_in_epoch += 1
-                bar.update()
-                if not bar.disable and self.step_in_epoch % 20 == 0:
-                    self.show_progress(bar)
-                if stop.agreed(self.world, self.step_in_epoch, len(batches)):
-                    self.check_finite(epoch)
-                    self.save()
-                    raise Preempted
-        bar.close()
+                progress.update()
+                if self.run:
+                    self.save_if_due(epoch, stop)
         self.check_finite(epoch)
 
-    def check_finite(self, epoch):
-        """Raise UserError where training has diverged, before anything of that is saved."""
-        values = [value.isfinite().all() for value in self.model.state_dict().values() if value.is_floating_point()]
-        # The scaler of float16 skips steps that are not finite: there the loss tells.
-        if not (math.isfinite(self.totals.means()["loss"]) and torch.stack(values).all()):
-            raise utils.UserError(f"training diverged in epoch {epoch + 1}: loss or weights not finite; lower --init-lr")
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of `epoch` that are left, as an objective takes them."""
+        left = self.train.epoch(epoch, self.step_in_epoch) if self.resumable else iter(self.train)
+        for item in left:
+            index = item[2] if len(item) > 2 else None
+            if index is None and self.objective.needs_index:
+                raise UserError(
+                    f"{self.objective.name} needs batches with the images' numbers: (images, labels, index)"
+                )
+            yield Batch(item[0], item[1], epoch, index)
 
-    def show_progress(self, bar):
-        """Put this process's loss and accuracy so far, and the images/s of all, behind the progress bar."""
+    @property
+    def resumable(self) -> bool:
+        """Whether an epoch can be entered at any step."""
+        return hasattr(self.train, "epoch")
+
+    def means_so_far(self) -> dict[str, float]:
+        """Return this process's loss and accuracy in the epoch so far."""
         means = self.totals.means(over_ranks=False)
-        speed = self.args.batch_size * (bar.format_dict["rate"] or 0)
-        shown = {"loss": means["loss"], **{k: v for k, v in means.items() if k.endswith("top1")}, "img/s": speed}
-        bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+        return {name: value for name, value in means.items() if name == "loss" or name.endswith("top1")}
 
-    def test(self, epoch):
-        """Return the flat record of `epoch`'s tests, and note whether it is the best so far."""
-        heads = (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.args.epochs
+    def save_if_due(self, epoch: int, stop: launch.StopSignal) -> None:
+        """Save inside the epoch if a signal asks for it, then raise Preempted, or if the last save is long ago."""
+        last = self.step_in_epoch == len(self.train)
+        if self.world.size > 1 and self.step_in_epoch % launch.POLL_EVERY and not last:
+            return
+        late = time.monotonic() - self.saved_at > 60 * self.save_minutes and self.resumable and not last
+        stopped = distributed.any_over_ranks(stop.received, self.world)
+        late = distributed.any_over_ranks(late and self.world.is_main, self.world)
+        if not (stopped or late):
+            return
+        self.check_finite(epoch)
+        if self.resumable:
+            self.save()
+            self.saved_at = time.monotonic()
+        if stopped:
+            at = f"epoch {epoch + 1}, step {self.step_in_epoch}" if self.resumable else f"the end of epoch {epoch}"
+            print_main(f"stopped by a signal; saved at {at}: continue with --resume")
+            raise stop.preempted()
+
+    def check_finite(self, epoch: int) -> None:
+        """Raise UserError if training has diverged, before anything of that is saved."""
+        values = [value.isfinite().all() for value in self.model.state_dict().values() if value.is_floating_point()]
+        # The scaler of float16 skips steps that are not finite: there the loss shows it.
+        if not (math.isfinite(self.totals.means()["loss"]) and torch.stack(values).all()):
+            raise UserError(f"training diverged in epoch {epoch + 1}: loss or weights not finite; lower --init-lr")
+
+    def test_epoch(self, epoch: int) -> dict[str, Any]:
+        """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals."""
+        rule = self.objective.best_by
+        heads = rule == "joint" or (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.epochs
         distributed.share_buffers(self.model)
         record, net = {}, None
-        for name, batches in (("val", self.data.val), ("test", self.data.test)):
+        for name, batches in (("val", self.val), ("test", self.test)):
             if batches is not None:
                 means = evaluate(self.model, batches, self.world.device, self.precision, heads, net)
                 net = means.get("net")  # held-out images choose between the networks of a pair, too
+                joint = [value for key, value in means.items() if key.endswith("_joint")]
+                means.update({"joint": max(joint)} if joint else {})
                 record.update({f"{name}/{key}": value for key, value in means.items()})
-        chosen_on = "test" if self.data.val is None else "val"
-        # Ties go to the later epoch: with a frozen backbone all epochs tie, while the heads keep improving.
-        if record[f"{chosen_on}/top1"] >= self.best["acc"]:
-            accuracies = {"acc": record[f"{chosen_on}/top1"], "test": record["test/top1"]}
-            self.best = {**accuracies, "epoch": epoch + 1, "net": record.get(f"{chosen_on}/net")}
-        record.update({"best/top1": self.best["acc"], "best/epoch": self.best["epoch"]})
-        if self.best["net"] is not None:
+        chosen_on = "test" if self.val is None else "val"
+        value = record[f"{chosen_on}/{rule}"]
+        if value > self.best["value"]:
+            self.best = {"epoch": epoch + 1, "value": value, "top1": record["test/top1"], "net": net}
+        record.update({"best/top1": self.best["top1"], "best/epoch": self.best["epoch"]})
+        if net is not None:
             record["best/net"] = self.best["net"]
         return record
 
-    def save(self, best=False):
-        """Write the last checkpoint, and before it the best one where this is it."""
-        state = runs.checkpoint_of(self)
+    def save(self, best: bool = False) -> None:
+        """Write the last checkpoint, and before it the best one if this is it."""
+        content = self.state_dict()
         if self.world.is_main:
-            if best:
-                utils.save_checkpoint(state, self.folder.best)
-            utils.save_checkpoint(state, self.folder.last)
+            self.run.save(content, best)
         distributed.barrier()
 
+    def print_best(self) -> None:
+        """Print the best epoch and how it was chosen, beside the last one."""
+        if self.last_top1 is None:
+            return
+        rule = {"top1": "top-1", "joint": "joint accuracy of the best head"}[self.objective.best_by]
+        images = "the test set" if self.val is None else "held-out training images"
+        at = f"epoch {self.best['epoch']}" + (f" of network {self.best['net']}" if self.best["net"] else "")
+        chosen = f"selected by {rule} on {images}, {self.best['value']:.2f} there"
+        print_main(f"best: top-1 {self.best['top1']:.2f} at {at} ({chosen}); last: {self.last_top1:.2f}")
 
-def start(run):
-    """Claim the run folder and bring the run to its starting point: fresh, or where its checkpoint stands."""
-    args = run.args
-    # After a failure torchrun starts the processes again, without --resume.
-    here = launcher.name()
-    launches, restarts, claimed = zip(
-        *distributed.gather_objects((here, launcher.restarts(), run.folder.was_claimed_by(here))), strict=True
-    )
-    args.resume = args.resume or (any(restarts) and any(claimed))
-    if run.world.is_main:
-        run.folder.claim(args.resume, launches)
-    distributed.barrier()
-    if args.resume and run.folder.last.exists():
-        runs.restore(run)
-        say(run, f"resuming at epoch {run.epoch + 1}, step {run.step_in_epoch}")
-    else:
-        if args.resume:
-            say(run, f"--resume: no checkpoint in {run.folder.path} yet, starting from the beginning")
-        run.prepare()
-    if len(set(distributed.gather_objects((run.epoch, run.step_in_epoch)))) > 1:
-        raise utils.UserError(f"--resume: not every process finds the same {run.folder.last}: they need one --checkpoint-dir")
-    if run.world.is_main:
-        run.folder.write_settings()
-
-
-def say(run, text):
-    """Print a line from the main process."""
-    if run.world.is_main:
-        print(text, flush=True)
-
-
-def fit(args, world, model, objective, data):
-    """Train `model` with `objective` on `data` as `args` say, writing the run folder; return the best record.
-
-    With --evaluate, test the folder's best weights instead and return their accuracies.
-    Raises UserError for a folder that holds another run. SIGTERM or SIGUSR1 saves at the next step and exits with 143.
-    """
-    run = Run(args, world, model, objective, data)
-    with contextlib.closing(data), contextlib.closing(run.folder):
-        return report_best(run) if args.evaluate else train(run)
-
-
-def train(run):
-    """Train from the run's starting point to its last epoch; return the best record."""
-    args, world, data = run.args, run.world, run.data
-    start(run)
-    stop = StopSignal()
-    log = runs.RunLog(run.folder, run.epoch) if world.is_main else None
-    say(run, f"{run.folder.path}: lr {args.init_lr}, {type_name(run.precision)}, {data.num_classes} classes, "
-             f"{data.size} x {data.size} pixels, {len(data.train)} steps an epoch")  # fmt: skip
-    try:
-        for epoch in range(run.epoch, args.epochs):
-            record = one_epoch(run, epoch, stop)
-            if log:
-                log.write(record)
-            run.save(best=run.best["epoch"] == epoch + 1)
-            say(run, summary(record, args.epochs))
-    except Preempted:
-        say(run, f"stopped by a signal at epoch {run.epoch + 1}, step {run.step_in_epoch}: go on with --resume")
-        sys.exit(143)
-    if run.last_accuracy is not None:
-        chosen_on = "the test set" if data.val is None else f"held-out training images, {run.best['acc']:.2f} there"
-        at = f"epoch {run.best['epoch']}" + (f" of network {run.best['net']}" if run.best["net"] else "")
-        say(run, f"best top-1 {run.best['test']:.2f} at {at} (selected on {chosen_on}), last {run.last_accuracy:.2f}")
-    return run.best
-
-
-def one_epoch(run, epoch, stop):
-    """Train and test one epoch and return its flat record."""
-    began, seen_before = time.perf_counter(), run.totals.count.item()
-    run.train_epoch(epoch, stop)
-    images = (run.totals.count.item() - seen_before) * run.world.size  # read here, it waits for the device as well
-    seconds = time.perf_counter() - began
-    trained = {f"train/{name}": value for name, value in run.totals.means().items()}
-    run.save()  # the test may take longer than a launcher or a scheduler waits after a signal
-    run.totals, run.step_in_epoch, run.epoch = Totals(run.world.device), 0, epoch + 1
-    record = {"epoch": epoch + 1, "lr": run.optimizer.param_groups[0]["lr"], **trained, **run.test(epoch)}
-    run.last_accuracy = record["test/top1"]
-    # A run resumed after an epoch's last step has trained on nothing in this one.
-    record.update({"images_per_second": images / seconds or None, "seconds": time.perf_counter() - began})
-    record["peak_memory_mib"] = peak_memory(run.world.device)
-    return record
-
-
-def report_best(run):
-    """Test the run folder's best weights with all heads, print and return the accuracies."""
-    path = run.folder.best if run.folder.best.exists() else run.folder.last
-    if not path.exists():
-        raise utils.UserError(f"--evaluate: nothing has been trained in {run.folder.path} yet")
-    content = utils.load_weights(run.model, path)
-    loading.warn_of_other_data(content, run.data.test, path)
-    if run.args.amp == "auto":
-        run.precision = TYPES.get(content.get("precision"), run.precision)
-    net = (content.get("best") or {}).get("net") if run.args.val_split else None
-    means = evaluate(run.model, run.data.test, run.world.device, run.precision, heads=True, net=net)
-    listed = (f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in means.items())
-    say(run, f"{path}, {type_name(run.precision)}: {', '.join(listed)}")
-    return means
+    def test_best(self) -> dict[str, float]:
+        """Test the run folder's best weights with all heads, print and return the accuracies."""
+        path = self.run.best if self.run.best.exists() else self.run.last
+        if not path.exists():
+            raise UserError(f"--evaluate: nothing has been trained in {self.run.path} yet")
+        checkpoint = utils.load_weights(self.model, path)
+        precision = (
+            TYPES.get(checkpoint.content.get("precision"), self.precision) if self.amp == "auto" else self.precision
+        )
+        net = checkpoint.best_net if self.val is not None else None
+        means = evaluate(self.model, self.test, self.world.device, precision, heads=True, net=net)
+        print_main(
+            f"{path}, {type_name(precision)}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+        )
+        return means

@@ -1,0 +1,42 @@
+"""HSAKD (Yang et al., IJCAI 2021): the student matches the teacher at every auxiliary head, on four rotated views."""
+
+import options
+from losses import cross_entropy, kl, rotate
+from methods.base import (
+    Constant,
+    Objective,
+    Outputs,
+    check_classes,
+    check_heads,
+    paired_heads,
+    predictions,
+    rotations_of,
+    split_outputs,
+    sum_terms,
+)
+
+
+class HSAKD(Objective):
+    """Cross-entropy on un-rotated rows, KL of joint logits head by head and of class logits on all views."""
+
+    name = "hsakd"
+    networks = "auxiliary"
+    reads = "heads"
+
+    temperature = Constant(3.0, "temperature", options.above_zero, "--kd_T")
+
+    def step(self, model, batch):
+        rotations = rotations_of(model)
+        teacher = self.teach(batch)
+        student = split_outputs(model(rotate(batch.images, rotations)))
+        check_classes(student, teacher)
+        check_heads(student, rotations)
+        check_heads(teacher, rotations)
+        pairs = paired_heads(student.aux_logits, teacher.aux_logits)
+        logits = student.logits[::rotations]
+        terms = {
+            "task": cross_entropy(logits, batch.labels),
+            "aux_kl": sum_terms((kl(aux, target, self.temperature) for aux, target in pairs), logits),
+            "logit_kl": kl(student.logits, teacher.logits, self.temperature),
+        }
+        return terms, predictions(Outputs(logits, student.aux_logits))

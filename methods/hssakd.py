@@ -1,0 +1,46 @@
+"""HSSAKD (Yang et al., TNNLS 2022): two networks teach each other online, without a trained teacher."""
+
+import options
+from losses import cross_entropy, joint_labels, kl, rotate
+from methods.base import (
+    Constant,
+    Objective,
+    Outputs,
+    check_classes,
+    check_heads,
+    paired_heads,
+    predictions,
+    rotations_of,
+    sum_terms,
+)
+
+
+class HSSAKD(Objective):
+    """The teacher's loss for both networks, and KL both ways on all views, each target detached."""
+
+    name = "hssakd"
+    networks = "pair"
+
+    temperature = Constant(3.0, "temperature", options.above_zero, "--kd_T")
+
+    def step(self, model, batch):
+        rotations = rotations_of(model)
+        both_logits, both_aux = model(rotate(batch.images, rotations))
+        networks = [Outputs(logits, aux) for logits, aux in zip(both_logits, both_aux, strict=True)]
+        check_classes(*networks)
+        for outputs in networks:
+            check_heads(outputs, rotations)
+
+        joint, like = joint_labels(batch.labels, rotations), both_logits[0]
+        upright = [Outputs(outputs.logits[::rotations], outputs.aux_logits) for outputs in networks]
+        terms = {
+            "task": sum_terms((cross_entropy(outputs.logits, batch.labels) for outputs in upright), like),
+            "aux": sum_terms((cross_entropy(aux, joint) for aux in (*both_aux[0], *both_aux[1])), like),
+            "logit_kl": self.mutual_kl(*both_logits),
+            "aux_kl": sum_terms((self.mutual_kl(*pair) for pair in paired_heads(*both_aux)), like),
+        }
+        return terms, predictions(*upright)
+
+    def mutual_kl(self, first, second):
+        """Return the KL both ways between logits (rows, N), each side's target detached."""
+        return kl(first, second.detach(), self.temperature) + kl(second, first.detach(), self.temperature)

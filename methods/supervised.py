@@ -1,0 +1,14 @@
+"""Plain training: the baseline that a distilled student is measured against."""
+
+from losses import cross_entropy
+from methods.base import Objective, Outputs, predictions, split_outputs
+
+
+class Supervised(Objective):
+    """Cross-entropy of the class logits; auxiliary heads are ignored."""
+
+    name = "supervised"
+
+    def step(self, model, batch):
+        logits = split_outputs(model(batch.images)).logits
+        return {"task": cross_entropy(logits, batch.labels)}, predictions(Outputs(logits))

@@ -1,0 +1,27 @@
+"""HSAKD's teacher (IJCAI 2021, section 3.2): a network with auxiliary classifiers, trained by hard labels."""
+
+from losses import cross_entropy, joint_labels, rotate
+from methods.base import Objective, Outputs, check_heads, predictions, rotations_of, split_outputs, sum_terms
+from utils import unwrap
+
+
+class Teacher(Objective):
+    """Cross-entropy of the class logits on un-rotated rows, joint cross-entropy of every head on all views.
+
+    With a frozen backbone the heads alone are trained, and there is no class term.
+    """
+
+    name = "teacher"
+    networks = "auxiliary"
+    best_by = "joint"
+
+    def step(self, model, batch):
+        rotations = rotations_of(model)
+        outputs = split_outputs(model(rotate(batch.images, rotations)))
+        check_heads(outputs, rotations)
+        logits, joint = outputs.logits[::rotations], joint_labels(batch.labels, rotations)
+        terms = {}
+        if not getattr(unwrap(model), "frozen", False):
+            terms["task"] = cross_entropy(logits, batch.labels)
+        terms["aux"] = sum_terms((cross_entropy(aux, joint) for aux in outputs.aux_logits), logits)
+        return terms, predictions(Outputs(logits, outputs.aux_logits))

@@ -1,0 +1,113 @@
+"""The layouts in which weights are found: what a file's dict holds, what of it is a network's, and whether it fits."""
+
+import os
+import re
+
+import torch
+from torch import Tensor, nn
+
+HEAD_WEIGHT = re.compile(r"(fc\d?|linear|classifier|head)\.weight$")  # the last layer of every published network
+COUNTERS = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$")  # thop's and AveragedModel's: no weights
+EMA_KEYS = ("state_dict_ema", "model_ema")  # timm's and torchvision's training scripts'
+WEIGHT_KEYS = ("net", "state_dict", "model")  # the authors', most others', the CRD and mdistiller teacher zoos'
+
+
+def find(content: dict, key: str | None = None) -> tuple[dict, str | None]:
+    """Return the dict of weights in a file's `content`, and the name of the EMA weights if they were preferred.
+
+    `key` names one of several dicts, or a prefix of the keys of one. ValueError if there is none, or no telling which.
+    """
+    found = tensor_dicts(content)
+    known = [name for name in (*WEIGHT_KEYS, "") if name in found] or list(found)
+    if not known:
+        raise ValueError("holds no weights")
+    if key is None:
+        ema = [name for name in EMA_KEYS if name in found]
+        if not ema and len(known) > 1 and known == list(found):
+            raise ValueError(f"holds {', '.join(found)}: choose one with --weights-key")
+        chosen = (ema or known)[0]
+        return found[chosen], chosen if ema else None
+    if key in found:
+        return found[key], None
+    part = {name.removeprefix(f"{key}."): v for name, v in found[known[0]].items() if name.startswith(f"{key}.")}
+    if not part:
+        raise ValueError(f"holds no weights under {key!r}, but under {', '.join(map(repr, found))}")
+    return part, None
+
+
+def tensor_dicts(content: dict, prefix: str = "") -> dict[str, dict]:
+    """Return key -> dict for each dict of tensors within `content`, `outer.inner` for nested ones, "" for itself."""
+    found = {}
+    if any(torch.is_tensor(value) and value.is_floating_point() and value.dim() for value in content.values()):
+        found[prefix] = content
+    for key, value in content.items():
+        if isinstance(value, dict) and isinstance(key, str) and "optim" not in key and prefix.count(".") < 2:
+            found.update(tensor_dicts(value, f"{prefix}.{key}".lstrip(".")))
+    return found
+
+
+def clean(state: dict) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights of a state dict without wrappers' prefixes, and the names of counters that are left out.
+
+    ValueError if a weight is not finite.
+    """
+    weights, counters = {}, []
+    for name, value in state.items():
+        if not isinstance(name, str) or not torch.is_tensor(value):
+            continue
+        key = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+        if COUNTERS.search(key):
+            counters.append(key)
+        elif value.is_floating_point() and not value.float().isfinite().all():
+            raise ValueError(f"{key} holds values that are not finite")
+        else:
+            weights[key] = value
+    return weights, counters
+
+
+def widths(state: dict[str, Tensor], num_classes: int | None = None) -> tuple[int, int | None]:
+    """Return the number of classes, and the views that the heads tell apart (None for a plain backbone).
+
+    They are read off the classifiers' widths where `num_classes` is not given; ValueError if there is no classifier.
+    """
+    matrices = {key: value.shape[0] for key, value in state.items() if value.dim() == 2}
+    heads = {key: width for key, width in matrices.items() if HEAD_WEIGHT.search(key)}
+    joint = [width for key, width in heads.items() if "auxiliary_classifier" in key]
+    plain = [width for key, width in (heads or matrices).items() if "auxiliary_classifier" not in key]
+    classes = num_classes or (plain[-1] if plain else 0)
+    if not classes:
+        raise ValueError("holds no classifier")
+    if joint and joint[-1] not in (classes, 4 * classes):
+        raise ValueError(f"its heads have {joint[-1]} outputs for {classes} classes: neither 1 nor 4 rotations")
+    return classes, joint[-1] // classes if joint else None
+
+
+def part_of(state: dict[str, Tensor], expected: dict[str, Tensor], net: int = 1) -> dict[str, Tensor]:
+    """Return the part of `state` for a network with the keys `expected`: all, one network of a pair, or a backbone.
+
+    A prefix that all keys share, such as Lightning's `model.`, is stripped. Other keys are kept, to be reported,
+    unless they belong to the rest of an auxiliary network or of a pair.
+    """
+    shared = os.path.commonprefix([key.split(".") for key in state])
+    common = [".".join(shared[:count]) + "." for count in range(1, len(shared) + 1)]
+    for prefix in ("", f"net{net}.", "backbone.", f"net{net}.backbone.", *common):
+        part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        if expected.keys() & part.keys():
+            own = re.compile(f"{re.escape(prefix)}|net[12]\\.|backbone\\.|auxiliary_classifier\\.")
+            return part if not prefix else {**{k: v for k, v in state.items() if not own.match(k)}, **part}
+    return state
+
+
+def load(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load `state` into `model`, strictly; ValueError names the first keys that do not fit."""
+    expected = model.state_dict()
+    wrong = [k for k, v in state.items() if k in expected and v.shape != expected[k].shape]
+    # Files older than PyTorch 0.4.1 (torchvision's ResNets) do not count batches.
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in expected]
+    if wrong or missing or unexpected:
+        shapes = [f"{k} {list(state[k].shape)} instead of {list(expected[k].shape)}" for k in wrong]
+        parts = [("wrong shape", shapes), ("missing", missing), ("unexpected", unexpected)]
+        listed = "; ".join(f"{what}: {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for what, keys in parts if keys)
+        raise ValueError(f"weights do not fit {getattr(model, 'arch', type(model).__name__)}: {listed}")
+    model.load_state_dict({**{k: v for k, v in expected.items() if k not in state}, **state}, strict=True)

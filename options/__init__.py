@@ -1,0 +1,230 @@
+"""The command line that the scripts share: flags, and their defaults by recipe."""
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import utils
+from options.parser import (
+    DATASETS,
+    Parser,
+    above_zero,
+    architecture,
+    below_one,
+    dataset,
+    given,
+    gpu_ids,
+    natural,
+    not_negative,
+    path,
+    positive,
+    seed,
+    share,
+    shown,
+    tag,
+)
+
+__all__ = ["Parser", "above_zero", "architecture", "below_one", "given", "natural", "not_negative", "path", "positive"]
+__all__ += ["share", "shown"]
+
+# As published: the light networks start at 0.01, all others at 0.05.
+LIGHT_NETWORKS = ("mobilenet", "mbv2", "shuffle")
+
+
+def base_parser(script: str, description: str, arch: str, dataset_name: str = "cifar100") -> Parser:
+    """Return a parser with the flags that every script reads: data, network, device. `script` is its file."""
+    parser = Parser(description, prog=Path(script).name)
+    parser.set_defaults(script=Path(script).stem)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=path, default="./data", help="folder of the data set (default: %(default)s)")
+    add("--dataset", type=dataset, default=dataset_name, help=f"{', '.join(DATASETS)} (default: %(default)s)")
+    add("--batch-size", type=positive, default=64, help="images a step, over all processes (default: 64, ImageNet 256)")
+    add("--limit-batches", type=positive, help="for a quick trial: stop a pass after so many batches")
+    readers = min(4, utils.available_cores())
+    add("--num-workers", type=natural, default=readers, help="readers of images in each process (default: %(default)s)")
+    add("--skip-bad-images", action="store_true", help="skip unreadable images of a folder, and name them")
+    add = parser.add_argument_group("network and device").add_argument
+    add("--arch", type=architecture, default=arch, help="network, such as wrn_16_2_aux (default: %(default)s)")
+    add("--gpu-id", type=gpu_ids, help="GPU to use, or several: 0,1,2,3")
+    precisions = ["auto", "off", "bf16", "fp16"]
+    add("--amp", choices=precisions, default="auto", help="precision; auto: 16 bits on hardware that has them")
+    return parser
+
+
+def training_parser(
+    script: str,
+    description: str,
+    arch: str,
+    dataset_name: str = "cifar100",
+    epochs: int = 240,
+    milestones: tuple[int, ...] = (150, 180, 210),
+) -> Parser:
+    """Return the parser of a training script: the base flags, the recipe, run folder and processes."""
+    parser = base_parser(script, description, arch, dataset_name)
+    parser.recipe = {"weight_decay": 5e-4, "nesterov": True}
+    add = parser.add_argument_group("recipe").add_argument
+    add("--epochs", type=positive, default=epochs, help="passes over the training images (default: %(default)s)")
+    add("--manual_seed", type=seed, default=0, help="seed of weights, data order and augmentation (default: 0)")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="default: sgd, as published")
+    add("--schedule", choices=["multistep", "cosine"], default="multistep", help="default: multistep, as published")
+    add("--init-lr", type=above_zero, help="initial learning rate; default by the recipe of the architecture")
+    add("--weight-decay", type=not_negative, help="of all parameters; default by the recipe")
+    add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum of sgd; default by the recipe")
+    listed = " ".join(map(str, milestones))
+    add("--milestones", type=positive, nargs="+", help=f"epochs at which the rate is x0.1 (default: {listed})")
+    add("--warmup-epoch", type=natural, default=0, help="epochs of linear warm-up before the schedule (default: 0)")
+    add("--val-split", type=below_one, default=0.0, help="select the best epoch on this share of the training images")
+    add("--accumulate", type=positive, default=1, help="parts that a batch is computed in, to save memory")
+    add("--compile", action="store_true", help="compile the training step")
+    add = parser.add_argument_group("run folder").add_argument
+    add("--checkpoint-dir", type=path, default="./checkpoint", help="folder of the run folders (default: %(default)s)")
+    add("--tag", type=tag, help="suffix of the run folder's name")
+    add("--resume", action="store_true", help="resume the run in the run folder")
+    add("--evaluate", action="store_true", help="test the run folder's best weights and stop")
+    add("--save-minutes", type=above_zero, default=15, help="minutes between saves inside an epoch (default: 15)")
+    parser.set_defaults(milestones=list(milestones))
+    add_distributed(parser)
+    return parser
+
+
+def add_distributed(parser: Parser) -> None:
+    """Add the published flags of runs on several devices or machines."""
+    add = parser.add_argument_group("several processes (torchrun needs none of the published flags)").add_argument
+    add("--multiprocessing-distributed", action="store_true", help="one process for each id of --gpu-id")
+    add("--dist-url", default="tcp://127.0.0.1:23456", help="tcp://HOST:PORT of the first machine")
+    add("--dist-backend", choices=["nccl", "gloo"], help="collectives; default nccl on GPUs, gloo on CPUs")
+    add("--dist-timeout", type=above_zero, default=10, help="minutes that a process waits for the others (default: 10)")
+    add("--world-size", type=positive, default=1, help="number of machines")
+    add("--rank", type=natural, default=0, help="number of this machine, from 0")
+    add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes")
+
+
+def add_net(add: Callable, weights: str) -> None:
+    """Add, by a parser's or group's `add_argument`, the network meant if the file of the flag `weights` is a pair's."""
+    add("--net", type=int, choices=[1, 2], help=f"network of a mutual pair's {weights}; default: the better one")
+
+
+def add_few_ratio(parser: Parser, default: float | None = None) -> None:
+    """Add the share of the training set to train on."""
+    parser.add_argument("--few-ratio", type=share, default=default, help="stratified share of the training images")
+
+
+def add_freezing(parser: Parser) -> None:
+    """Add the flags of a teacher script: its heads, and whether they alone train, on a backbone that stays as it is."""
+    add = parser.add_argument_group("teacher").add_argument
+    add("--pretrained-backbone", type=path, help="weights of the backbone to start from")
+    add("--rotations", type=int, choices=[1, 4], default=4, help="views that a head tells apart (DPCD: 1)")
+    add("--freezed", action="store_true", help="keep the backbone as it is (CIFAR: 100 epochs, x0.1 at 30/60/90)")
+
+
+def imagenet_parser(script: str, description: str, arch: str) -> Parser:
+    """Return the parser of an ImageNet training script: `training_parser` with that recipe's defaults."""
+    parser = training_parser(script, description, arch, "imagenet", epochs=100, milestones=(30, 60, 90))
+    parser.recipe = {"weight_decay": 1e-4, "nesterov": False, "batch_size": 256}
+    parser.set_defaults(data="./data/ImageNet", batch_size=None)
+    return parser
+
+
+def frozen_recipe(parser: Parser, argv: list[str] | None) -> None:
+    """Make the frozen teacher's schedule the default if `argv` asks for a frozen teacher."""
+    if given(argv, "--freezed", action="store_true"):
+        parser.set_defaults(epochs=100, milestones=[30, 60, 90])
+
+
+def check_freezing(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit with one line if --freezed has no weights to freeze."""
+    if args.freezed and not args.pretrained_backbone:
+        parser.error("--freezed needs --pretrained-backbone: an untrained backbone would stay untrained")
+
+
+def finish(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse `argv` and fill in the recipe's defaults; a mistake is one line and exit status 2."""
+    args = parser.parse_args(argv)
+    if "optimizer" not in args:
+        return args
+    if args.optimizer == "sgd":
+        defaults = {"init_lr": default_learning_rate(args.arch), **parser.recipe}
+    else:
+        defaults = {**parser.recipe, "init_lr": 1e-3, "weight_decay": 0.05, "nesterov": False}
+        if args.nesterov is not None:
+            parser.error(f"--nesterov has no part in --optimizer {args.optimizer}")
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if sorted(set(args.milestones)) != args.milestones:
+        parser.error(f"--milestones must rise, got {' '.join(map(str, args.milestones))}")
+    return args
+
+
+def default_learning_rate(arch: str) -> float:
+    """Return the published initial learning rate of an architecture."""
+    if models.is_imagenet(arch):
+        return 0.1
+    return 0.01 if arch.lower().startswith(LIGHT_NETWORKS) else 0.05
+
+
+def require_aux(parser: Parser, args: argparse.Namespace, *names: str) -> None:
+    """Exit with one line unless each architecture named (`arch`, `tarch`) has auxiliary classifiers."""
+    for name in names:
+        value = getattr(args, name)
+        if not models.is_aux(value):
+            near = f"{value}_aux" if f"{value}_aux" in models.names() else "wrn_16_2_aux"
+            parser.error(f"--{name} {value} has no auxiliary classifiers: use one such as {near}")
+
+
+def require_pair(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit with one line unless `--arch` is a mutual pair."""
+    if not models.is_pair(args.arch):
+        half = models.backbone_name(args.arch)
+        parser.error(f"--arch {args.arch} is one network, not a mutual pair: name it twice, {half}_{half}")
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """Return a run folder's name, as the published commands spell it (`_imagenet` is said by the data set's name)."""
+    parts = [args.script]
+    for key in ("tarch", "arch"):
+        if getattr(args, key, None):
+            parts += [key, re.sub("[/:]", "-", getattr(args, key).replace("_imagenet", ""))]
+    parts += ["dataset", args.dataset]
+    if getattr(args, "few_ratio", None):
+        parts += ["few_ratio", f"{args.few_ratio:g}"]
+    return "_".join(parts) + f"_seed{args.manual_seed}" + (f"_{args.tag}" if args.tag else "")
+
+
+def test_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of `imagesets.load_test` that the command line gives."""
+    return {
+        "name": args.dataset,
+        "root": args.data,
+        "batch_size": args.batch_size,
+        "workers": args.num_workers,
+        "limit": args.limit_batches,
+        "skip_bad_images": args.skip_bad_images,
+    }
+
+
+def data_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of `imagesets.load` that the command line gives."""
+    few_ratio = getattr(args, "few_ratio", None)
+    return {**test_settings(args), "seed": args.manual_seed, "val_split": args.val_split, "few_ratio": few_ratio}
+
+
+def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of `Trainer` that the command line gives."""
+    sgd = {"nesterov": args.nesterov} if args.optimizer == "sgd" else {}
+    multistep = {"milestones": args.milestones} if args.schedule == "multistep" else {}
+    same = ("epochs", "optimizer", "schedule", "weight_decay", "amp", "accumulate", "compile", "sync_bn", "resume")
+    return {
+        **{name: getattr(args, name) for name in (*same, "evaluate", "save_minutes", "dist_timeout")},
+        **sgd,
+        **multistep,
+        "lr": args.init_lr,
+        "warmup": args.warmup_epoch,
+        "seed": args.manual_seed,
+        "folder": os.path.join(args.checkpoint_dir, run_name(args)),
+        "settings": vars(args),
+    }

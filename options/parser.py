@@ -1,0 +1,136 @@
+"""How a command line is read: one-line errors, `-` and `_` alike, other projects' flags, and the kinds of values."""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import models
+
+DATASETS = ["cifar100", "cifar10", "digits", "tinyimagenet", "stl10", "imagefolder", "imagenet"]
+# Flags of other projects, and those that mean the same here.
+SYNONYMS = {
+    "--lr": "--init-lr",
+    "--learning-rate": "--init-lr",
+    "--seed": "--manual_seed",
+    "--workers": "--num-workers",
+    "--wd": "--weight-decay",
+    "--model": "--arch",
+    "--student": "--arch",
+    "--teacher": "--tarch",
+    "--teacher-weights": "--tcheckpoint",
+    "--pretrained": "--pretrained-backbone",
+    "--output-dir": "--checkpoint-dir",
+    "--lr-decay-epochs": "--milestones",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and exit status 2, and for which `-` and `_` within a flag are the same."""
+
+    def __init__(self, description: str, **kwargs: Any):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.recipe: dict[str, Any] = {}  # defaults that depend on other flags, for `finish`
+
+    def error(self, message: str) -> None:
+        """Print `message` as one line, from the first process of a machine, and exit with status 2."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse the words as argparse does, once their flags are spelled as they are known here."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self.respelled(word) for word in words], namespace)
+
+    def respelled(self, word: str) -> str:
+        """Return a word of the command line with the flag in it, or its beginning, spelled as it is known here."""
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            return word
+        plain = name.replace("_", "-")
+        if plain in SYNONYMS and name not in self._option_string_actions:
+            self.error(f"unknown flag {name}: here it is {SYNONYMS[plain]}")
+        known = [flag for flag in self._option_string_actions if flag.replace("_", "-").startswith(plain)]
+        exact = [flag for flag in known if len(flag) == len(plain)]
+        return (exact or known or [name])[0][: len(plain)] + equals + value
+
+
+def shown(value: Any) -> str:
+    """Return a default as the help shows it."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value:g}"
+
+
+def given(argv: list[str] | None, flag: str, **kwargs: Any) -> Any:
+    """Return the value of one flag of a command line whose other flags are not known yet."""
+    parser = Parser(None, add_help=False)
+    parser.add_argument(flag, dest="value", **kwargs)
+    return parser.parse_known_args(argv)[0].value
+
+
+def checked(kind: type, expected: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Return a parser of numbers of a `kind` that `accepts` is true of; its error names what is `expected`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+positive = checked(int, "a whole number from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)
+natural = checked(int, "a whole number from 0 to 2^31 - 1", lambda value: 0 <= value < 2**31)
+seed = checked(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+above_zero = checked(float, "a number above 0", lambda value: 0 < value < 1e30)
+not_negative = checked(float, "a number of at least 0", lambda value: 0 <= value < 1e30)
+below_one = checked(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+share = checked(float, "a share above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def architecture(name: str) -> str:
+    """Check that an architecture exists; the error lists the nearest names."""
+    try:
+        models.backbone_name(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+def dataset(name: str) -> str:
+    """Map a data set's name, or a published spelling of it, to the name used here."""
+    plain = name.lower().replace("-", "").replace("_", "")
+    if plain not in DATASETS:
+        near = difflib.get_close_matches(plain, DATASETS, 3, 0.3)
+        raise argparse.ArgumentTypeError(f"unknown data set {name!r}; nearest: {', '.join(near or DATASETS)}")
+    return plain
+
+
+def gpu_ids(text: str) -> str:
+    """Check a comma-separated list of GPU numbers."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"expected GPU numbers such as 0 or 0,1, each once, got {text!r}")
+    return text
+
+
+def tag(text: str) -> str:
+    """Check the suffix of a run folder's name."""
+    if not re.fullmatch(r"[\w.+=,-]+", text):
+        raise argparse.ArgumentTypeError(f"expected letters, digits and any of . _ + = , -, got {text!r}")
+    return text
+
+
+def path(text: str) -> str:
+    """Expand the ~ that a shell leaves in --data=~/images; an empty text, of a variable that is not set, is no path."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return os.path.expanduser(text)

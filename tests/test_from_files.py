@@ -1,0 +1,192 @@
+"""Images read from files by workers, in a folder as ImageNet's: decoding, order, unreadable files, the workers' end."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+import imagesets
+from imagesets import from_files
+from utils import UserError, World
+
+CHANNELS = {"RGB": 3, "L": 1, "CMYK": 4}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Return a folder of 4 classes, 3 training images and 1 test image each, of odd sizes and several colour spaces."""
+    root, draw = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 1)):
+        for number in range(4):
+            folder = root / split / f"n{number:08d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                mode = list(CHANNELS)[(number + i) % 3]
+                pixels = draw.integers(0, 256, (9, 11, CHANNELS[mode]), dtype=np.uint8).squeeze()
+                image = Image.frombytes(mode, (11, 9), pixels.tobytes())
+                image.resize(tuple(int(side) for side in draw.integers(81, 299, 2) | 1)).save(folder / f"{i}.JPEG")
+    return root
+
+
+@pytest.fixture
+def damaged(root, tmp_path):
+    """Return a copy of the folder with one truncated training and test image, and the training one's path."""
+    copy = tmp_path / "damaged"
+    shutil.copytree(root, copy)
+    for split in ("train", "val"):
+        path = copy / split / "n00000001" / "0.JPEG"
+        path.write_bytes(path.read_bytes()[:-300])
+    return copy, str(copy / "train" / "n00000001" / "0.JPEG")
+
+
+def load(root, rank=0, ranks=1, workers=0, **settings):
+    """Return the folder's data in batches of four."""
+    return imagesets.load("imagenet", root, batch_size=4, workers=workers, world=World(rank, ranks), **settings)
+
+
+def test_every_colour_space_is_decoded(root):
+    for path in sorted((root / "train").rglob("*.JPEG")):
+        found, expected = from_files.decode(str(path)), Image.open(path)
+        assert found.dtype == torch.uint8 and found.shape == (3, expected.height, expected.width)
+        if expected.mode != "CMYK":
+            difference = found.int() - torch.from_numpy(np.array(expected.convert("RGB"))).permute(2, 0, 1)
+            assert difference.abs().max() <= 2
+
+
+def test_batches_depend_on_the_position_alone(root):
+    """The same images whatever the number of workers, processes and the step at which the epoch is entered."""
+    data = load(root)
+    whole = list(data.train.epoch(1))
+    assert [len(labels) for _, labels, _ in whole] == [4, 4, 4] and whole[0][0].shape == (4, 3, 224, 224)
+    assert sorted(torch.cat([index for _, _, index in whole]).tolist()) == list(range(12))
+    assert all(torch.equal(labels, index // 3) for _, labels, index in whole)
+    later = list(load(root, workers=2).train.epoch(1, 1))
+    ranks = [list(load(root, rank, 2).train.epoch(1)) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        halves = [torch.cat(parts) for parts in zip(ranks[0][step], ranks[1][step], strict=True)]
+        for found in (halves, *([later[step - 1]] if step else [])):
+            assert all(map(torch.equal, found, batch))
+    assert not torch.equal(next(data.train.epoch(2))[0], whole[0][0])
+    assert (len(data.train), data.train.num_images, data.num_classes, data.size) == (3, 12, 4, 224)
+
+
+def test_reading_leaves_the_global_generator_alone(root):
+    torch.manual_seed(0)
+    expected = torch.get_rng_state()
+    list(load(root).train)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_each_test_image_counts_once_as_torchvision_shows_it(root, ranks):
+    found = [batch for rank in range(ranks) for batch in load(root, rank, ranks).test] if ranks < 3 else []
+    if ranks == 3:
+        tests = [imagesets.load_test("imagenet", root, batch_size=3, workers=0, world=World(r, 3)) for r in range(3)]
+        found = [batch for test in tests for batch in test]
+        assert {test.total for test in tests} == {4}
+    assert sorted(torch.cat([labels for _, labels in found]).tolist()) == [0, 1, 2, 3]
+    transform = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.ToDtype(torch.float32, scale=True),
+                            v2.Normalize(*imagesets.IMAGENET_STATISTICS)])  # fmt: skip
+    expected = transform(from_files.decode(str(root / "val" / "n00000000" / "0.JPEG")))
+    torch.testing.assert_close(found[0][0][0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_stops_with_its_path(damaged, workers):
+    with pytest.raises(UserError, match=damaged[1]):
+        list(load(damaged[0], workers=workers).train)
+
+
+def test_unreadable_images_are_skipped_named_and_counted_once(damaged, capsys):
+    data = load(damaged[0], skip_bad_images=True)
+    for epoch in (0, 1):
+        assert sum(len(labels) for _, labels, _ in data.train.epoch(epoch)) == 11
+    first, second = capsys.readouterr().err.splitlines()
+    assert damaged[1] in first and "1 unreadable" in second
+    assert [labels.tolist() for _, labels in data.test] == [[0, 2, 3]]
+
+
+def test_other_formats_than_jpeg_are_read_by_pillow(tmp_path):
+    """Whatever they are called: torchvision's decoder of PNG ends the process at some damaged files."""
+    pixels = np.random.RandomState(0).randint(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    path = (tmp_path / "a.png").rename(tmp_path / "a.JPEG")
+    assert torch.equal(from_files.decode(str(path)), torch.from_numpy(pixels).permute(2, 0, 1))
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="unreadable image"):
+        from_files.decode(str(path))
+
+
+def test_random_crops_are_torchvisions(root):
+    """The same draws give torchvision's own pixels, and a batch of them is channels-last in memory."""
+    image = from_files.decode(str(root / "train" / "n00000000" / "0.JPEG"))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        expected = v2.RandomResizedCrop(224, antialias=True)(image)
+        torch.manual_seed(seed)
+        found = from_files.random_resized_crop(image, 224)
+        assert torch.equal(found, expected)
+    assert from_files.stacked([found, found]).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_missing_folder_and_more_processes_than_test_images(root, tmp_path):
+    with pytest.raises(UserError, match="no images"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="fewer test images"):
+        imagesets.load_test("imagenet", root, batch_size=5, workers=0, world=World(0, 5))
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_pass_or_its_abandonment(root):
+    before = set(multiprocessing.active_children())
+    batches = load(root, workers=1).train
+    list(batches)
+    passing = batches.epoch(1)
+    next(passing)
+    assert set(multiprocessing.active_children()) - before
+    del passing
+    assert not set(multiprocessing.active_children()) - before
+
+
+READ = """
+import sys, time, imagesets, multiprocessing
+passing = imagesets.load("imagenet", sys.argv[1], batch_size=1, workers=1).train.epoch(0)
+next(passing)
+print(multiprocessing.active_children()[0].pid, flush=True)
+if sys.argv[2] == "sleep":
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["sleep", "end"])
+def test_workers_ignore_a_schedulers_signals_and_end_with_training(root, then):
+    """Training is killed, or ends in the midst of a pass."""
+    repository = Path(imagesets.__file__).resolve().parent.parent
+    command = [sys.executable, "-c", READ, str(root), then]
+    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as training:
+        worker = int(training.stdout.readline())
+        if then == "sleep":
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                os.kill(worker, number)
+            time.sleep(0.5)
+            os.kill(worker, 0)  # it is still there
+            training.kill()
+        assert training.wait(60) == (-signal.SIGKILL if then == "sleep" else 0)
+    ended = time.monotonic() + 20
+    while time.monotonic() < ended and Path(f"/proc/{worker}").exists():
+        time.sleep(0.1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)

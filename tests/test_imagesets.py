@@ -1,0 +1,450 @@
+"""Image sets: augmentation as torchvision's, the order of an epoch, its split over processes, archives and folders."""
+
+import math
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import StratifiedShuffleSplit
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+import imagesets
+from imagesets import in_memory
+from imagesets.augment import CropFlip
+from imagesets.folders import ImageSet
+from utils import UserError, World
+
+STATISTICS = imagesets.STATISTICS["cifar100"]
+
+
+def random_images(count, size=32, seed=0):
+    """Return (count, 3, size, size) uint8 without a zero, which is the border's value."""
+    return torch.randint(1, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def image_set(pixels, labels=None, statistics=STATISTICS):
+    """Return images whose labels are their numbers unless given."""
+    labels = torch.arange(len(pixels)) if labels is None else labels
+    return ImageSet(labels, [str(number) for number in range(len(pixels))], pixels.shape[-1], statistics, pixels)
+
+
+def numbered_set(count, size=4):
+    """Return images whose label is their number and whose pixels hold it."""
+    pixels = torch.arange(count).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, size, size).contiguous()
+    return image_set(pixels, statistics=((0.0,) * 3, (1.0,) * 3))
+
+
+def train_batches(images, batch_size, rank=0, ranks=1, seed=0, limit=None, padding=0):
+    """Return training batches, by default without padding, so that an image keeps its pixels."""
+    return in_memory.TrainBatches(images, CropFlip(images.size, padding), batch_size, seed, World(rank, ranks), limit)
+
+
+def labels_of(epoch):
+    """Return the labels of an epoch's batches."""
+    return [labels.tolist() for _, labels, _ in epoch]
+
+
+def test_crop_and_flip_are_torchvisions_for_every_draw():
+    draws = torch.cartesian_prod(torch.arange(9), torch.arange(9), torch.arange(2))
+    images = random_images(len(draws))
+    padded = tv.pad(images, [4, 4, 4, 4])
+    for image, (top, left, flip), found in zip(padded, draws.tolist(), CropFlip(32).apply(images, draws), strict=True):
+        expected = tv.crop(image, top, left, 32, 32)
+        assert torch.equal(found, tv.horizontal_flip(expected) if flip else expected)
+
+
+def test_draws_are_uniform_and_independent():
+    draws = CropFlip(32).draw(81 * 2 * 200, torch.Generator().manual_seed(0))
+    seen = ((draws[:, 0] * 9 + draws[:, 1]) * 2 + draws[:, 2]).bincount(minlength=162).double()
+    chi_square = ((seen - 200) ** 2 / 200).sum().item()
+    assert len(seen) == 162 and abs(chi_square - 161) < 5 * math.sqrt(2 * 161)
+
+
+def test_normalisation_is_torchvisions_and_the_border_is_black():
+    images = random_images(6)
+    normalise = in_memory.Normaliser(STATISTICS, torch.device("cpu"))
+    transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*STATISTICS)])
+    found = normalise(images)
+    torch.testing.assert_close(found, transform(images), rtol=1e-5, atol=1e-5)
+    assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
+    border = normalise(CropFlip(32).apply(images, torch.zeros(6, 3, dtype=torch.int64)))[:, :, :4, :]
+    black = -torch.tensor(STATISTICS[0]) / torch.tensor(STATISTICS[1])
+    torch.testing.assert_close(border, black.view(1, 3, 1, 1).expand_as(border))
+
+
+def test_an_epoch_shows_every_image_once_augmented_under_its_number():
+    images = random_images(10, 8)
+    labels, batches = torch.arange(10) % 3, None
+    batches = train_batches(image_set(images, labels), 4, padding=1)
+    found = list(batches.epoch(0))
+    views = torch.cartesian_prod(torch.arange(3), torch.arange(3), torch.arange(2))
+    assert [len(index) for _, _, index in found] == [4, 4, 2] and len(batches) == 3 and batches.num_images == 10
+    assert sorted(torch.cat([index for _, _, index in found]).tolist()) == list(range(10))
+    for image, label, number in (item for batch in found for item in zip(*batch, strict=True)):
+        possible = CropFlip(8, 1).apply(images[number].expand(18, -1, -1, -1), views)
+        assert (batches.normalise(possible) == image).flatten(1).all(1).any() and label == labels[number]
+
+
+def test_order_is_seeded_and_differs_between_epochs_and_seeds():
+    first = labels_of(train_batches(numbered_set(23), 5).epoch(0))
+    assert first == labels_of(train_batches(numbered_set(23), 5)) and sorted(sum(first, [])) == list(range(23))
+    others = [train_batches(numbered_set(23), 5).epoch(1), train_batches(numbered_set(23), 5, seed=1).epoch(0)]
+    orders = [first, *map(labels_of, others), [list(range(23))]]
+    assert all(a != b for number, a in enumerate(orders) for b in orders[:number])
+
+
+def test_an_epoch_entered_at_a_step_continues_as_the_whole_epoch():
+    batches = train_batches(image_set(random_images(23, 8)), 5, padding=4)
+    whole = list(batches.epoch(2))
+    for start in range(len(whole) + 1):
+        rest = list(batches.epoch(2, start))
+        assert len(rest) == len(whole) - start
+        for found, expected in zip(rest, whole[start:], strict=True):
+            assert all(map(torch.equal, found, expected))
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 40), each=st.integers(1, 6), sizes=st.lists(st.sampled_from([1, 2, 3]), min_size=2, max_size=2),
+       data=st.data())  # fmt: skip
+def test_ranks_share_an_epoch_whatever_their_number_from_any_step_on(count, each, sizes, data):
+    batch_size = 6 * each
+    steps = math.ceil(count / batch_size)
+    change = data.draw(st.integers(0, steps))
+    seen = []
+    for step in range(steps):
+        ranks = sizes[step >= change]
+        shares = [
+            in_memory.share_of_batch(step, batch_size, count, World(rank, ranks)).tolist() for rank in range(ranks)
+        ]
+        length = min(batch_size, count - step * batch_size)
+        assert len({len(share) for share in shares}) == 1 and len(sum(shares, [])) - length < ranks
+        seen += sum(shares, [])[:length]
+    assert seen == list(range(count))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_together_see_the_batches_of_one_process(ranks):
+    images = image_set(random_images(23, 8))
+    alone = list(train_batches(images, 6, padding=4).epoch(1))
+    found = [list(train_batches(images, 6, rank, ranks, padding=4).epoch(1)) for rank in range(ranks)]
+    for step, batch in enumerate(alone):
+        together = [torch.cat(parts) for parts in zip(*(batches[step] for batches in found), strict=True)]
+        assert all(torch.equal(part[: len(whole)], whole) for part, whole in zip(together, batch, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_each_test_image_counts_once(ranks):
+    shares = [in_memory.TestBatches(numbered_set(23), 4, World(rank, ranks)) for rank in range(ranks)]
+    found = [batch for share in shares for batch in share]
+    assert sorted(torch.cat([labels for _, labels in found]).tolist()) == list(range(23))
+    assert all(torch.equal((images * 255).round().long()[:, 0, 0, 0], labels) for images, labels in found)
+    assert {share.total for share in shares} == {23} and sum(map(len, shares)) == len(found)
+
+
+@pytest.mark.parametrize("limit", [None, 7, 10, 99])
+def test_limited_test_images_are_spread_over_all_classes(limit):
+    """Files lie class by class: the first ones alone would be of one class. Each image once, whatever the processes."""
+    chosen = [
+        in_memory.share_of_test(30, limit, World(rank, ranks))[0].tolist() for ranks in (1, 3) for rank in range(ranks)
+    ]
+    assert sorted(sum(chosen[1:], [])) == chosen[0] == sorted(set(chosen[0])) and len(chosen[0]) == min(limit or 30, 30)
+    counts = np.bincount(np.array(chosen[0]) // 10, minlength=3)
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize(("side", "asked", "images"), [(8, 4, 256), (32, 300, 300), (96, 4, 28), (96, 64, 64)])
+def test_test_batches_of_large_images_have_fewer(side, asked, images):
+    """As many pixels as 256 images of CIFAR, but no fewer images than a training batch."""
+    made = image_set(torch.zeros(301, 3, side, side, dtype=torch.uint8))
+    assert [len(found) for _, found in in_memory.TestBatches(made, asked, World())][0] == images
+
+
+def test_batches_that_do_not_divide_and_their_limit():
+    with pytest.raises(UserError):
+        train_batches(numbered_set(9), 5, ranks=2)
+    with pytest.raises(UserError):
+        in_memory.TestBatches(numbered_set(2), 5, World(0, 3))
+    limited = train_batches(numbered_set(23), 5, limit=2)
+    assert len(limited) == len(list(limited)) == 2
+
+
+def test_digits_split():
+    data = imagesets.load("digits")
+    train, test = data.train, data.test
+    assert (train.num_images, test.total, data.num_classes, data.size) == (1437, 360, 10, 32) and data.val is None
+    whole = torch.from_numpy(load_digits().target).bincount()
+    assert (train.labels.bincount() - 0.8 * whole).abs().max() < 1
+    assert torch.equal(train.labels.bincount() + test.labels.bincount(), whole)
+    assert not {x.numpy().tobytes() for x in train.images} & {x.numpy().tobytes() for x in test.images}
+    pixels = train.images.double() / 255
+    torch.testing.assert_close(pixels.mean().item(), data.info["mean"][0], atol=5e-3, rtol=0)
+    torch.testing.assert_close(pixels.std().item(), data.info["std"][0], atol=5e-3, rtol=0)
+    assert not train.augmentation.draw(100, torch.Generator())[:, 2].any()  # a mirrored digit is another one, or none
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_few_shot_split_is_scikit_learns(ratio):
+    labels = torch.from_numpy(np.random.RandomState(0).permutation(np.repeat(np.arange(100), 50)))
+    splitter = StratifiedShuffleSplit(n_splits=1, test_size=1 - ratio, random_state=0)
+    expected = sorted(next(splitter.split(np.zeros(5000), labels.numpy()))[0].tolist())
+    kept, left = imagesets.stratified(labels, ratio)
+    assert kept.tolist() == expected and sorted(kept.tolist() + left.tolist()) == list(range(5000))
+    assert imagesets.stratified(labels, 1.0)[0].tolist() == list(range(5000))
+
+
+def test_held_out_and_few_training_images():
+    data = imagesets.load("digits", val_split=0.2, few_ratio=0.5)
+    whole = {x.numpy().tobytes() for x in imagesets.load("digits").train.images}
+    parts = [{x.numpy().tobytes() for x in part.images} for part in (data.train, data.val)]
+    assert abs(len(parts[1]) - 287) <= 1 and abs(len(parts[0]) - 575) <= 1 and data.info["images"] == len(parts[0])
+    assert parts[0] | parts[1] <= whole and not parts[0] & parts[1]
+    with pytest.raises(UserError):
+        imagesets.load("digits", val_split=0.999)
+
+
+def write_images(folder, sizes, mode="RGB", suffix="png", seed=0):
+    """Write one random image per size, (width, height), into a class folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.RandomState(seed)
+    for number, (wide, high) in enumerate(sizes):
+        shape = (high, wide, 3) if mode == "RGB" else (high, wide)
+        Image.fromarray(random.randint(0, 256, shape, dtype=np.uint8)).save(folder / f"{number}.{suffix}")
+
+
+def pixels_of(path):
+    """Return a file's pixels as (3, H, W)."""
+    with Image.open(path) as file:
+        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("test", ["val_sorted", "val", "test"])
+def test_image_folder(tmp_path, test):
+    write_images(tmp_path / "train" / "cat", [(16, 16), (33, 17)])
+    write_images(tmp_path / "train" / "dog", [(16, 20)], "L")
+    (tmp_path / "val" / ".ipynb_checkpoints").mkdir(parents=True)  # holds no class, so another test folder is read
+    write_images(tmp_path / test / "cat", [(8, 8)], suffix="JPEG")
+    write_images(tmp_path / test / "dog", [(40, 16)], suffix="jpg")
+    (tmp_path / "train" / "dog" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "dog" / "._0.png").write_bytes(b"left by macOS")
+    write_images(tmp_path / "train" / "dog" / ".thumbnails", [(16, 16)])
+    data = imagesets.load("imagefolder", tmp_path, workers=2)
+    assert data.classes == ["cat", "dog"] and data.info["images"] == 3 and data.test.total == 2 and data.size == 16
+    assert data.train.labels.tolist() == [0, 0, 1] and data.test.labels.tolist() == [0, 1]
+    assert torch.equal(data.train.images[0], pixels_of(tmp_path / "train" / "cat" / "0.png"))
+    assert torch.equal(data.train.images[2], pixels_of(tmp_path / "train" / "dog" / "0.png")[:, 2:18])
+    shutil.rmtree(tmp_path / "train")  # weights can be tested without it, at the size that they were trained at
+    assert imagesets.load_test("imagefolder", tmp_path, size=12).images.shape == (2, 3, 12, 12)
+
+
+def test_large_images_are_shrunk_in_memory(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / split / "cat", [(200, 300)])
+    assert imagesets.load("imagefolder", tmp_path).size == 96
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "pgm", "tif", "gif", "webp", "bmp"])
+def test_formats(tmp_path, suffix):
+    for split in ("train", "val"):
+        write_images(tmp_path / split / "cat", [(16, 16)], "L", suffix)
+    assert imagesets.load("imagefolder", tmp_path).train.images.shape == (1, 3, 16, 16)
+
+
+def test_transparent_palettes(tmp_path, recwarn):
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    image = image.convert("P")
+    image.putpalette(list(range(256)) * 3)
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        image.save(tmp_path / split / "cat" / "0.png", transparency=bytes(range(256)))
+    with Image.open(tmp_path / "val" / "cat" / "0.png") as file:
+        expected = torch.from_numpy(np.array(file.convert("RGBA").convert("RGB"))).permute(2, 0, 1)
+    recwarn.clear()
+    assert torch.equal(imagesets.load_test("imagefolder", tmp_path).images[0], expected) and not recwarn.list
+
+
+def no_train(root):
+    write_images(root / "val" / "cat", [(8, 8)])
+
+
+def no_test(root):
+    write_images(root / "train" / "cat", [(8, 8)])
+
+
+def empty_class(root):
+    no_train(root), no_test(root)
+    (root / "train" / "dog").mkdir()
+
+
+def other_classes(root):
+    no_train(root)
+    write_images(root / "train" / "dog", [(8, 8)])
+
+
+def no_image(root):
+    no_train(root), no_test(root)
+    (root / "train" / "cat" / "1.png").write_bytes(b"not an image")
+
+
+def truncated(root):
+    no_train(root)
+    write_images(root / "train" / "cat", [(8, 8), (64, 64)])
+    path = root / "train" / "cat" / "1.png"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [(lambda root: None, "train"), (no_train, "train"), (no_test, "val"), (empty_class, "dog"), (other_classes, "dog"),
+     (no_image, "1.png"), (truncated, "1.png")],
+)  # fmt: skip
+def test_image_folder_that_cannot_be_used(tmp_path, spoil, named):
+    spoil(tmp_path)
+    with pytest.raises(UserError) as error:
+        imagesets.load("imagefolder", tmp_path)
+    assert named in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("spoil", [no_image, truncated])
+def test_unreadable_images_are_left_out_named_and_counted(tmp_path, spoil, capsys):
+    spoil(tmp_path)
+    data = imagesets.load("imagefolder", tmp_path, skip_bad_images=True)
+    assert data.info["images"] == len(data.train.labels) == len(data.train.images) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "train" / "cat" / "1.png") in lines[0] and "1 unreadable" in lines[1] and len(lines) == 2
+
+
+def test_tinyimagenet(tmp_path):
+    """Its training images lie one folder deeper; its test images have no labels."""
+    root = tmp_path / "tiny-imagenet-200"
+    for name in ("n1", "n2"):
+        write_images(root / "train" / name / "images", [(64, 64)] * 2, suffix="JPEG")
+    write_images(root / "val" / "images", [(64, 64)], suffix="JPEG")
+    write_images(root / "test" / "images", [(64, 64)], suffix="JPEG")
+    with pytest.raises(UserError, match="preprocess_tinyimagenet"):
+        imagesets.load("tinyimagenet", tmp_path)
+    for name in ("n1", "n2"):
+        write_images(root / "val_sorted" / name, [(64, 64)], suffix="JPEG")
+    data = imagesets.load("tinyimagenet", tmp_path)
+    assert (data.classes, data.info["images"], data.test.total, data.size) == (["n1", "n2"], 4, 2, 64)
+
+
+READERS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+KEYS = {"cifar10": ("labels", "label_names"), "cifar100": ("fine_labels", "fine_label_names")}
+
+
+def write_cifar(root, name, as_bytes=False, count=2, classes=None):
+    """Write CIFAR's files with `count` random images each; return the pixels and labels of {split: ...}."""
+    reader, draw, classes = READERS[name], np.random.RandomState(0), classes or int(name[5:])
+    folder, written = root / reader.base_folder, {}
+    folder.mkdir(parents=True)
+    convert = (lambda text: text.encode()) if as_bytes else str
+    for split, files in (("train", reader.train_list), ("test", reader.test_list)):
+        parts = [
+            (draw.randint(0, 256, (count, 3072), np.uint8), draw.randint(0, classes, count).tolist()) for _ in files
+        ]
+        for (file, _), (pixels, labels) in zip(files, parts, strict=True):
+            content = {convert("data"): pixels, convert(KEYS[name][0]): labels}
+            (folder / file).write_bytes(pickle.dumps(content, protocol=2 + 2 * as_bytes))
+        pixels, labels = zip(*parts, strict=True)
+        written[split] = torch.from_numpy(np.concatenate(pixels)).view(-1, 3, 32, 32), sum(labels, [])
+    names = [convert(f"class{i}") for i in range(classes)]
+    (folder / reader.meta["filename"]).write_bytes(pickle.dumps({convert(KEYS[name][1]): names}, protocol=2))
+    return written
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("name", READERS)
+def test_cifar_as_published_and_with_other_contents(name, published, as_bytes, tmp_path, monkeypatch, capsys):
+    """Torchvision reads the former; the latter is read here, also as pickled by Python 3 with bytes, with one warning."""
+    if published and as_bytes:
+        pytest.skip("not published so")
+    written = write_cifar(tmp_path, name, as_bytes)
+    if published:
+        monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    data = imagesets.load(name, tmp_path)
+    for batches, (pixels, labels) in ((data.train, written["train"]), (data.test, written["test"])):
+        assert torch.equal(batches.images, pixels) and batches.labels.tolist() == labels
+    assert data.classes == [f"class{i}" for i in range(int(name[5:]))] and data.statistics == imagesets.STATISTICS[name]
+    assert len(capsys.readouterr().err.splitlines()) == (not published)
+
+
+class Payload:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<!DOCTYPE html>", pickle.dumps([1]), pickle.dumps({"data": np.zeros((1, 3072), np.uint8)}),
+     pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}),
+     pickle.dumps({"data": np.zeros((1, 3000), np.uint8), "labels": [0]}),
+     pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}),
+     pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0], "more": print})],
+)  # fmt: skip
+def test_a_damaged_cifar_file_is_named(content, tmp_path):
+    write_cifar(tmp_path, "cifar10")
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        imagesets.load("cifar10", tmp_path)
+    assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
+    path.unlink()
+    with pytest.raises(UserError):
+        imagesets.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_no_code_of_a_pickle_is_executed(protocol, tmp_path):
+    write_cifar(tmp_path, "cifar100")
+    content = {"data": Payload(tmp_path / "executed"), "fine_labels": []}
+    (tmp_path / "cifar-100-python" / "train").write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(UserError):
+        imagesets.load("cifar100", tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_a_missing_archive_is_downloaded_or_one_line_says_where_to_unpack_it(name, tmp_path, monkeypatch):
+    def no_network(url, *_, **__):
+        asked.append(url)
+        raise OSError("no route\nto host")
+
+    asked, module = [], "stl10" if name == "stl10" else "cifar"
+    monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", no_network)
+    with pytest.raises(UserError) as error:
+        imagesets.load(name, tmp_path)
+    folder = tmp_path / getattr(torchvision.datasets, name.upper()).base_folder
+    assert asked[0] in str(error.value) and str(folder) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_stl10(tmp_path, monkeypatch):
+    folder, draw, written = tmp_path / "stl10_binary", np.random.RandomState(0), {}
+    folder.mkdir()
+    (folder / "class_names.txt").write_text("".join(f"class{i}\n" for i in range(10)))
+    for split in ("train", "test"):
+        images, labels = draw.randint(0, 256, (20, 3, 96, 96), np.uint8), draw.randint(0, 10, 20)
+        images.transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")  # stored column by column
+        (labels + 1).astype(np.uint8).tofile(folder / f"{split}_y.bin")
+        written[split] = torch.from_numpy(images), labels.tolist()
+    with pytest.raises(UserError, match="damaged"):
+        imagesets.load("stl10", tmp_path)
+    monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda path, md5: os.path.isfile(path))
+    data = imagesets.load("stl10", tmp_path)
+    for batches, (pixels, labels) in ((data.train, written["train"]), (data.test, written["test"])):
+        assert torch.equal(batches.images, pixels) and batches.labels.tolist() == labels
+    assert data.num_classes == 10 and data.size == 96

@@ -1,0 +1,1 @@
+"""Tools beside training: the demo, published results."""

@@ -1,0 +1,84 @@
+"""A Trainer's whole state as a dict, the content of a checkpoint, and the way back."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import utils
+from models import state_dicts
+from training.optim import load_state
+from training.precision import type_name
+from training.run_folder import json_form
+from utils import Checkpoint, UserError, print_main
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
+
+
+def to_cpu(value: Any) -> Any:
+    """Return `value` with every tensor in its dicts and lists copied to the CPU."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: to_cpu(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_cpu(v) for v in value]
+    return value
+
+
+def state_of(trainer: "Trainer") -> dict[str, Any]:
+    """Return a Trainer's whole state; all processes of a group take part."""
+    model = utils.unwrap(trainer.model)
+    state = {
+        "net": model.state_dict(),
+        "acc": trainer.last_top1,
+        "epoch": trainer.epoch,
+        "optimizer": trainer.step.optimizer.state_dict(),
+        "arch": trainer.arch,
+        "num_classes": getattr(model, "num_classes", None) or len(trainer.info.get("class_names", ())) or None,
+        "rotations": getattr(model, "rotations", None),
+        "info": json_form(trainer.info),
+        "dataset": trainer.info.get("dataset"),
+        "method": trainer.objective.name,
+        "args": json_form(trainer.settings),
+        "versions": utils.versions(),
+        "rng": {"torch": torch.get_rng_state()},
+        "order": {"seed": trainer.seed, "epoch": trainer.epoch, "step": trainer.step_in_epoch},
+        "objective": trainer.objective.state_dict(),
+        "teacher_digest": trainer.teacher_digest,
+        "totals": trainer.totals.state_dict() if trainer.step_in_epoch else {},
+        "scaler": trainer.step.scaler.state_dict(),
+        "precision": type_name(trainer.precision),
+        "best": trainer.best,
+        "best_by": trainer.objective.best_by,
+    }
+    return to_cpu(state) if trainer.world.is_main else {}
+
+
+def load(trainer: "Trainer", state: dict[str, Any]) -> None:
+    """Copy a state into the Trainer's own tensors; ValueError or KeyError if it does not fit."""
+    state_dicts.load(utils.unwrap(trainer.model), state["net"])
+    load_state(trainer.step.optimizer, trainer.factory, state["optimizer"])
+    trainer.step.scaler.load_state_dict(state["scaler"])
+    trainer.objective.load_state_dict(state["objective"])
+    trainer.epoch, trainer.step_in_epoch = state["order"]["epoch"], state["order"]["step"]
+    trainer.totals.load_state_dict(state["totals"], trainer.world.is_main)
+    trainer.best, trainer.last_top1 = {name: state["best"][name] for name in trainer.best}, state["acc"]
+    torch.set_rng_state(state["rng"]["torch"])
+
+
+def resume(trainer: "Trainer", saved: Checkpoint) -> None:
+    """Bring a run to where its last checkpoint stands; UserError if that is another run's."""
+    folder = trainer.run.path
+    if saved.content.get("info") != json_form(trainer.info):
+        raise UserError(f"--resume: the run in {folder} has other training images: use --tag")
+    if saved.content.get("teacher_digest") != trainer.teacher_digest:
+        raise UserError(f"--resume: the run in {folder} has a teacher of other weights: use --tag")
+    try:
+        load(trainer, saved.content)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = utils.first_line(error)
+        raise UserError(f"{saved.path}: no checkpoint of this run to resume from ({reason})") from None
+    if trainer.epoch + (trainer.step_in_epoch > 0) > trainer.epochs:
+        raise UserError(f"--epochs {trainer.epochs}: the run in {folder} is in epoch {trainer.epoch + 1} already")
+    print_main(f"resuming at epoch {trainer.epoch + 1}, step {trainer.step_in_epoch}")
