@@ -1,5 +1,6 @@
 """Auxiliary classifiers on a backbone (HSAKD, IJCAI 2021), and mutual pairs of such networks (HSSAKD, TNNLS 2022)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layers import global_pool
+
+MOST_OTHER_TOKENS = 8  # class, distillation and register tokens beside those of the image
 
 
 class AuxiliaryClassifier(nn.Module):
@@ -44,16 +47,33 @@ class AuxiliaryClassifier(nn.Module):
 class StageReader:
     """Reads the stages of a traced network: `reader(net, x) -> ([tap, ...], embedding, logits)`; holds no weights."""
 
-    def __init__(self, functions: dict[bool, Callable], taps: list[str], shapes: list[tuple], classifier: list[str]):
-        """Take a function per mode (training or not), names and shapes of the taps, names of the logits' layers."""
+    def __init__(
+        self, functions: dict[bool, Callable], taps: dict[str, tuple], layouts: list[str], classifier: list[str]
+    ):
+        """Take a function per mode (training or not), tap -> shape, their layouts, and the layers of the logits."""
         self.functions = functions
         self.taps = taps
-        self.shapes = shapes
+        self.layouts = layouts
         self.classifier = classifier
 
     def __call__(self, net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return the tapped features, shallow to deep, the embedding and the logits (B, N)."""
+        """Return the tapped tensors as they are, shallow to deep, the embedding and the logits (B, N)."""
         return self.functions[net.training](net, x)
+
+
+def as_map(x: Tensor, layout: str) -> Tensor:
+    """Return a feature map (B, C, H, W) of a tensor that is laid out "first" (B, C, H, W), "last" (B, H, W, C), as
+    "tokens" (B, N, C), which are a square but for class tokens and the like in front, or as a "row" of them.
+    """
+    if layout == "first":
+        return x
+    if layout == "last":
+        return x.permute(0, 3, 1, 2)
+    side = math.isqrt(x.shape[1])
+    others = x.shape[1] - side**2
+    if layout == "row" or others > MOST_OTHER_TOKENS:
+        return x.transpose(1, 2).unsqueeze(3)
+    return x[:, others:].transpose(1, 2).unflatten(2, (side, side))
 
 
 def pooled(x: Tensor) -> Tensor:
@@ -61,16 +81,12 @@ def pooled(x: Tensor) -> Tensor:
     return global_pool(x) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x
 
 
-def stage_features(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return the features of a network's stages, shallow to deep, and its logits (B, N).
-
-    `net` is a backbone of `models`, an auxiliary network or a network whose stages `models.read_stages` has found.
-    """
-    net = getattr(net, "backbone", net)
-    if (reader := vars(net).get("stage_reader")) is not None:
-        taps, _, logits = reader(net, x)
-        return taps, logits
-    return net.forward_features(x)
+def taps_of(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the tapped tensors of a backbone and its logits (B, N)."""
+    if (reader := vars(net).get("stage_reader")) is None:
+        return net.forward_features(x)
+    taps, _, logits = reader(net, x)
+    return taps, logits
 
 
 class AuxiliaryNet(nn.Module):
@@ -113,9 +129,9 @@ class AuxiliaryNet(nn.Module):
         """Return the class logits and the auxiliary logits; a frozen backbone's features carry no gradient."""
         if self.frozen:
             with torch.no_grad():
-                taps, logits = stage_features(self.backbone, x)
+                taps, logits = taps_of(self.backbone, x)
         else:
-            taps, logits = stage_features(self.backbone, x)
+            taps, logits = taps_of(self.backbone, x)
         return logits, self.auxiliary_classifier(taps)
 
 
@@ -134,3 +150,22 @@ class MutualPair(nn.Module):
         logits1, aux_logits1 = self.net1(x)
         logits2, aux_logits2 = self.net2(x)
         return [logits1, logits2], [aux_logits1, aux_logits2]
+
+
+def stage_features(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the feature maps (B, C, H, W) of a network's stages, shallow to deep, and its logits (B, N).
+
+    `net` is a backbone of `models`, an `AuxiliaryNet` or a network whose stages `models.read_stages` has found.
+    """
+    net = net.backbone if isinstance(net, AuxiliaryNet) else net
+    taps, logits = taps_of(net, x)
+    if (reader := vars(net).get("stage_reader")) is not None:
+        taps = [as_map(tap, layout) for tap, layout in zip(taps, reader.layouts, strict=True)]
+    return taps, logits
+
+
+def embed(net: nn.Module, x: Tensor) -> Tensor:
+    """Return what the classifier of a backbone reads, pooled to (B, D); `net` as for `stage_features`."""
+    net = net.backbone if isinstance(net, AuxiliaryNet) else net
+    reader = vars(net).get("stage_reader")
+    return net.embed(x) if reader is None else pooled(reader(net, x)[1])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, StageReader
+from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, StageReader, as_map
 from models.stages import FeatureMap, Stages
 from models.tracer import META, TraceError, attribute, meta_copy, one_line
 from models.tracing import function_of
@@ -53,9 +53,9 @@ class Branch(nn.Module):
 
 
 class LightBlock(nn.Module):
-    """Depthwise 3x3 and pointwise convolution, each with BatchNorm, then ReLU; tokens are taken as a row."""
+    """Depthwise 3x3 and pointwise convolution, each with BatchNorm, then ReLU."""
 
-    def __init__(self, in_width: int, width: int, stride: tuple[int, int]):
+    def __init__(self, in_width: int, width: int, stride: int = 1):
         super().__init__()
         self.depthwise = nn.Conv2d(in_width, in_width, 3, stride, 1, groups=in_width, bias=False)
         self.bn1 = nn.BatchNorm2d(in_width)
@@ -68,7 +68,7 @@ class LightBlock(nn.Module):
 
 
 class ToMap(nn.Module):
-    """Bring a tapped tensor of a known layout to (B, C, H, W); a row of N tokens is (B, C, N, 1)."""
+    """Bring a tapped tensor to (B, C, H, W), as `as_map`."""
 
     def __init__(self, layout: str):
         super().__init__()
@@ -76,17 +76,15 @@ class ToMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C, H, W)."""
-        if self.layout == "tokens":
-            return x.transpose(1, 2).unsqueeze(3)
-        return x.permute(0, 3, 1, 2) if self.layout == "last" else x
+        return as_map(x, self.layout)
 
 
 class FromMap(ToMap):
-    """The reverse of `ToMap`."""
+    """The reverse of `ToMap`, but for "tokens"."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the layout."""
-        if self.layout == "tokens":
+        if self.layout == "row":
             return x.squeeze(3).transpose(1, 2)
         return x.permute(0, 2, 3, 1) if self.layout == "last" else x
 
@@ -146,7 +144,8 @@ def read_stages(net: nn.Module, example: Tensor, taps: int = 4, classifier: str 
 def reader_of(net: nn.Module, stages: Stages) -> StageReader:
     """Return the function that runs a network and hands out its stages."""
     functions = {mode: trace.reader(net, stages.taps, stages.embedding) for mode, trace in stages.traces.items()}
-    return StageReader(functions, stages.names, [found.shape for found in stages.maps], stages.classifier)
+    taps = {name: found.shape for name, found in zip(stages.names, stages.maps, strict=True)}
+    return StageReader(functions, taps, [found.layout for found in stages.maps], stages.classifier)
 
 
 def copied_branches(net: nn.Module, stages: Stages, fresh: Callable[[], nn.Module] | None) -> list[list[nn.Module]]:
@@ -168,7 +167,8 @@ def copied_branches(net: nn.Module, stages: Stages, fresh: Callable[[], nn.Modul
 
 def same_shape_block(found: FeatureMap) -> nn.Sequential:
     """Return the block that the last branch begins with where the network has none of equal input and output shape."""
-    return nn.Sequential(ToMap(found.layout), LightBlock(found.width, found.width, (1, 1)), FromMap(found.layout))
+    layout = "row" if found.layout == "tokens" else found.layout
+    return nn.Sequential(ToMap(layout), LightBlock(found.width, found.width), FromMap(layout))
 
 
 def light_branches(stages: Stages) -> list[list[nn.Module]]:
@@ -177,11 +177,10 @@ def light_branches(stages: Stages) -> list[list[nn.Module]]:
     for index, first in enumerate(stages.maps):
         parts: list[nn.Module] = [ToMap(first.layout)]
         for before, after in zip(stages.maps[index:], stages.maps[index + 1 :], strict=False):
-            ratio = before.positions / after.positions
-            stride = (max(round(ratio), 1), 1) if first.layout == "tokens" else (max(round(ratio**0.5), 1),) * 2
-            parts.append(LightBlock(before.width, after.width, stride))
+            stride = round((before.positions / after.positions) ** 0.5)
+            parts.append(LightBlock(before.width, after.width, max(stride, 1)))
         if len(parts) == 1:
-            parts.append(LightBlock(first.width, first.width, (1, 1)))
+            parts.append(LightBlock(first.width, first.width))
         branches.append(parts)
     return branches
 

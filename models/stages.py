@@ -72,8 +72,10 @@ class Stages:
             with torch.no_grad():
                 meta_copy(self._net).eval()(self.example)
         except Exception as error:  # in the network's own words
-            size = " x ".join(map(str, example.shape[2:]))
-            raise ValueError(f"{type(self._net).__name__} refuses images of {size} pixels: {one_line(error)}") from None
+            if "meta tensor" not in str(error):  # else it looks at values, and cannot be traced
+                size = " x ".join(map(str, example.shape[2:]))
+                reason = f"refuses images of {size} pixels: {one_line(error)}"
+                raise ValueError(f"{type(self._net).__name__} {reason}") from None
         self.traces = {mode: Trace(self._net, self.example, training=mode) for mode in (False, True)}
 
     def _names(self, taps: list[fx.Node]) -> list[str]:

@@ -43,7 +43,7 @@ def survey(name: str) -> str:
         return f"no: {error}"
     reader = network.backbone.stage_reader
     return f"{len(reader.taps)} taps: " + ", ".join(
-        f"`{tap}` {'x'.join(map(str, shape))}" for tap, shape in zip(reader.taps, reader.shapes, strict=True)
+        f"`{tap}` {'x'.join(map(str, shape))}" for tap, shape in reader.taps.items()
     )
 
 
