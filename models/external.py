@@ -128,7 +128,7 @@ def attach(
         parts, width = copied_branches(net, stages, fresh), stages.width
     else:
         parts, width = light_branches(stages), stages.maps[-1].width
-    net.stage_reader = reader_of(net, stages)
+    net.stage_reader = reader_of(stages)
     auxiliary = AuxiliaryClassifier(parts, width, num_classes * rotations)
     network = AuxiliaryNet(net, num_classes, rotations, auxiliary.to(next(net.parameters()).device))
     check_batches(network, stages.example)
@@ -137,13 +137,13 @@ def attach(
 
 def read_stages(net: nn.Module, example: Tensor, taps: int = 4, classifier: str | None = None) -> StageReader:
     """Trace a plain network, so that `stage_features` can read its stages; ValueError in one line if that fails."""
-    net.stage_reader = reader_of(net, Stages(net, example, taps, classifier))
+    net.stage_reader = reader_of(Stages(net, example, taps, classifier))
     return net.stage_reader
 
 
-def reader_of(net: nn.Module, stages: Stages) -> StageReader:
+def reader_of(stages: Stages) -> StageReader:
     """Return the function that runs a network and hands out its stages."""
-    functions = {mode: trace.reader(net, stages.taps, stages.embedding) for mode, trace in stages.traces.items()}
+    functions = {mode: trace.reader(stages.taps, stages.embedding) for mode, trace in stages.traces.items()}
     taps = {name: found.shape for name, found in zip(stages.names, stages.maps, strict=True)}
     return StageReader(functions, taps, [found.layout for found in stages.maps], stages.classifier)
 

@@ -109,22 +109,33 @@ class Stages:
         if not found:
             what = "has no classifier" if name is None else f"has no layer {name} on the way to its logits"
             raise TraceError(f"{type(self._net).__name__} {what}")
-        inputs = {
-            given: None for node in found.values() for given in node.all_input_nodes if given in self._trace.derived
-        }
+        derived = self._trace.derived
+        inputs = {given: None for node in found.values() for given in node.all_input_nodes if given in derived}
+        if len(inputs) > 1:
+            inputs = self._common_embedding(list(found.values()))
         if len(inputs) != 1:
-            names = ", ".join(sorted(found))
-            raise TraceError(
-                f"{type(self._net).__name__} has several classifiers ({names}): name one with --classifier"
-            )
+            several = f"has several classifiers ({', '.join(sorted(found))}): name one with --classifier"
+            raise TraceError(f"{type(self._net).__name__} {several}")
         return list(found), next(iter(inputs))
+
+    def _common_embedding(self, classifiers: list[fx.Node]) -> list[fx.Node]:
+        """Return the embedding (B, D) that several classifiers read, each after a norm of its own at most, if any."""
+        first = min(classifiers, key=self._trace.order.get)
+        cuts = [node for node in self._trace.cuts() if self._before([node], first) and node.meta["value"].ndim == 2]
+        between = {node for node in self._trace.data if self._before(cuts[-1:], node) and self._layer(node)}
+        return cuts[-1:] if between == set(classifiers) else []
 
     def _layer(self, node: fx.Node) -> str | None:
         """Return the name of the layer with a weight matrix that makes a node, or None."""
         if node.op == "call_module":
             return node.target if _heavy(self._net.get_submodule(node.target)) else None
-        weights = [given for given in node.all_input_nodes if given.op == "get_attr"]
-        return next((given.target for given in weights if attribute(self._net, given.target).ndim >= 2), None)
+        waiting = [given for given in node.all_input_nodes if given not in self._trace.derived]
+        while waiting:  # weights may be standardised before they are used
+            given = waiting.pop()
+            if given.op == "get_attr" and attribute(self._net, given.target).ndim > 1:
+                return given.target
+            waiting += given.all_input_nodes
+        return None
 
     def _is_feature_map(self, node: fx.Node, embedding: fx.Node) -> bool:
         """Say whether a cut is a map or a row of tokens of the image, before the head."""

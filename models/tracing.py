@@ -14,6 +14,7 @@ class Trace:
     """The graph of a network in one mode, and what is known of its nodes."""
 
     def __init__(self, net: nn.Module, example: Tensor, training: bool):
+        self.net = net
         tracer = Tracer(example)
         modes = {module: module.training for module in net.modules()}
         net.train(training)
@@ -75,7 +76,7 @@ class Trace:
             reach = max([reach, *(self.order[user] for user in node.users if user in data)])
         return found
 
-    def reader(self, net: nn.Module, taps: list[str], embedding: str) -> Callable:
+    def reader(self, taps: list[str], embedding: str) -> Callable:
         """Return a function `(net, image) -> ([tap, ...], embedding, logits)` that runs what `net` runs."""
         graph, copies = fx.Graph(), {}
         wanted = {self.nodes[key]: None for key in taps}
@@ -84,10 +85,10 @@ class Trace:
                 graph.output((list(wanted.values()), copies[self.nodes[embedding]], copies[self.output]))
                 break
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node in wanted:  # what changes a tap in place must not change the branch's input, nor the reverse
-                changed = any(_in_place(net, user) for user in node.users)
+            if node in wanted:  # what changes a tap in place must not change the branches' input
+                changed = any(_in_place(self.net, user) for user in node.users)
                 wanted[node] = graph.call_method("clone", (copies[node],)) if changed else copies[node]
-        return function_of(net, graph)
+        return function_of(self.net, graph)
 
     def between(self, start: str, end: str) -> fx.Graph:
         """Return the graph of a function `start -> end` of two keys; TraceError if it needs other data of the image.
@@ -113,6 +114,8 @@ class Trace:
             waiting += node.all_input_nodes
         graph = fx.Graph()
         copies = {first: graph.placeholder("x")}
+        if any(_in_place(self.net, user) for user in first.users):  # `x` belongs to others
+            copies[first] = graph.call_method("clone", (copies[first],))
         for node in self.graph.nodes:
             if node in sizes:
                 copies[node] = _known_size(graph, node, copies[first])
@@ -127,7 +130,8 @@ def _known_size(graph: fx.Graph, node: fx.Node, x: fx.Node) -> Any:
     value = node.meta["value"]
     if node.target is getattr and not isinstance(value, (int, tuple)):
         return graph.call_function(getattr, (x, node.args[1]))  # its device or dtype
-    batch = node.args[0].meta["value"].shape[:1] if isinstance(node.args[0], fx.Node) else ()
+    source = node.args[0].meta["value"] if isinstance(node.args[0], fx.Node) else None
+    batch = source.shape[:1] if isinstance(source, Tensor) else ()
     if isinstance(value, torch.Size) and value[:1] == batch:
         return graph.call_function(with_length_of, (x, tuple(value[1:])))
     if node.target == "size" and node.args[1:] == (0,):

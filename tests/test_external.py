@@ -272,12 +272,11 @@ class TwoHeads(Tiny):
 
     def __init__(self):
         super().__init__()
-        self.fc2 = nn.Linear(32, 10)
+        self.fc2 = nn.Linear(16, 10)
 
     def forward(self, x):
         x = self.stage2(self.stage1(self.stem(x)))
-        pooled = self.stage3(x).mean((2, 3))
-        return self.fc(pooled) + self.fc2(pooled.relu())
+        return self.fc(self.stage3(x).mean((2, 3))) + self.fc2(x.mean((2, 3)))
 
 
 class Untraceable(Tiny):
@@ -302,6 +301,16 @@ def test_what_cannot_be_cut_is_refused_in_one_line(net, words):
     with pytest.raises(ValueError, match=words) as caught:
         models.attach_auxiliary(net, 10, example=SMALL)
     assert "\n" not in str(caught.value)
+
+
+def test_two_classifiers_of_one_embedding_are_no_doubt():
+    class TwoNorms(Tiny):
+        def forward(self, x):
+            x = self.stage3(self.stage2(self.stage1(self.stem(x)))).mean((2, 3))
+            return self.fc(x.relu()) + self.fc(x * self.scale)
+
+    network = models.attach_auxiliary(TwoNorms(), 10, example=SMALL, fresh=TwoNorms)
+    assert models.embed(network, SMALL).shape == (1, 32)
 
 
 def test_a_named_classifier_settles_which_embedding_is_meant():
