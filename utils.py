@@ -1,7 +1,6 @@
 """Users' mistakes, seeds, this process's place in a run, and the reading and writing of weights."""
 
 import argparse
-import collections
 import contextlib
 import functools
 import hashlib
@@ -105,10 +104,11 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 def safe_globals() -> list:
     """Return what a checkpoint may hold beside tensors: numpy's numbers, parsed arguments, paths, default dicts."""
     kinds = [np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")]
-    allowed = [np.dtype, np.ndarray, *(type(kind) for kind in kinds), argparse.Namespace, collections.defaultdict, dict]
+    allowed = [np.dtype, np.ndarray, *(type(kind) for kind in kinds), argparse.Namespace, dict, list, int]
+    allowed += [(lambda *_: {}, "collections.defaultdict")]  # torch.load fills plain dicts alone
+    scalar, array = (value.__reduce__()[0] for value in (np.float64(), np.zeros(1)))
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and of numpy 2
-        allowed += [(np._core.multiarray.scalar, f"{module}.scalar")]
-        allowed += [(np._core.multiarray._reconstruct, f"{module}._reconstruct")]
+        allowed += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]
     for module in ("pathlib", "pathlib._local"):  # the latter in Python 3.13; the pure paths open nothing
         allowed += [(pathlib.PurePosixPath, f"{module}.PosixPath"), (pathlib.PureWindowsPath, f"{module}.WindowsPath")]
     return allowed

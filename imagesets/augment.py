@@ -1,8 +1,31 @@
-"""Random crops, flips and resizing of whole batches on the device, distributed as torchvision's transforms."""
+"""Augmentation of whole batches on the device, distributed as torchvision's transforms."""
 
 import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torchvision.transforms import v2
+
+
+class Augmentation(NamedTuple):
+    """What is done to a training image."""
+
+    padding: int | None  # of the random crop; None: a random resized crop, 0: none
+    flip: bool
+    randaugment: bool = False
+
+    def __str__(self):
+        crop = f"random crop with padding {self.padding}" if self.padding else "no random crop"
+        crop = "random resized crop" if self.padding is None else crop
+        return crop + ", flip" * self.flip + ", RandAugment" * self.randaugment
+
+    def on_device(self, source: int, size: int) -> "CropFlip | ResizedCropFlip | RandAugmented":
+        """Return the augmentation of batches of images with `source` pixels a side to `size`."""
+        is_resized = self.padding is None
+        found = ResizedCropFlip(source, size, self.flip) if is_resized else CropFlip(size, self.padding, self.flip)
+        return RandAugmented(found) if self.randaugment else found
 
 
 class CropFlip:
@@ -92,10 +115,28 @@ def resize_boxes(
     return torch.matmul(rows.unsqueeze(1), narrow)
 
 
-def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Return `images` (N, 3, S, S) uint8 resized to `size` pixels a side as PIL does, uint8; 1,024 at a time."""
-    parts = []
-    for part in images.split(1024):
-        whole = torch.tensor([[0, 0, *part.shape[2:]]], device=part.device).expand(len(part), -1)
-        parts.append(resize_boxes(part, whole, size).round().clamp(0, 255).to(torch.uint8))
-    return torch.cat(parts)
+def transformed(image: torch.Tensor, transform: Callable, key: int | Iterable[int]) -> torch.Tensor:
+    """Return `transform(image)` with torch's generator seeded by the whole numbers `key`, and left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
+        return transform(image)
+
+
+class RandAugmented:
+    """Another augmentation, then torchvision's RandAugment of each image by a seed of its own."""
+
+    def __init__(self, inner: CropFlip | ResizedCropFlip):
+        self.inner, self.size = inner, inner.size
+
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Return the inner draws with a column of seeds."""
+        inner = self.inner.draw(count, generator)
+        return torch.cat([inner, torch.randint(2**62, (count, 1), generator=generator)], dim=1)
+
+    def apply(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Augment `images` (B, 3, S, S) uint8, each by its row of `draws`."""
+        images = self.inner.apply(images, draws[:, :-1]).round().to(torch.uint8)
+        seeds = draws[:, -1].tolist()
+        return torch.stack(
+            [transformed(image, v2.RandAugment(), seed) for image, seed in zip(images, seeds, strict=True)]
+        )

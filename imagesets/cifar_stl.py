@@ -8,10 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchvision import datasets
 
 from utils import UserError, first_line, warn
 
-NAMES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # torchvision's classes
+
+class STL10(datasets.STL10):
+    """torchvision's reader without the 2.7 GB of unlabelled images, which are neither checked nor needed."""
+
+    train_list = datasets.STL10.train_list[:2]
+
+
+READERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": STL10}
 
 
 def load(name: str, root: str, train: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -20,12 +28,7 @@ def load(name: str, root: str, train: bool) -> tuple[torch.Tensor, torch.Tensor,
     The archive is downloaded if its folder below `root` is missing. A CIFAR folder with other checksums than the
     published ones is read with a warning. Raises UserError if the download fails or a file is damaged.
     """
-    import torchvision.datasets  # takes a second
-
-    class STL10(torchvision.datasets.STL10):
-        train_list = torchvision.datasets.STL10.train_list[:2]  # without the 2.7 GB of unlabelled images
-
-    reader = STL10 if name == "stl10" else getattr(torchvision.datasets, NAMES[name])
+    reader = READERS[name]
     folder = Path(root) / reader.base_folder
     is_new = not folder.is_dir()
     split = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}

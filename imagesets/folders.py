@@ -1,48 +1,64 @@
-"""A split of a data set; folders of images, and what an image file holds."""
+"""Folders of images: what is in them, and how they are read."""
 
-import math
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.datasets.folder import make_dataset
 
+from imagesets.images import FORMATS, UNREADABLE, ImageSet, Settings, header
 from utils import UserError, first_line, warn
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # torchvision's, and GIF
-LARGEST_IN_MEMORY = 96  # pixels a side
-SHOWN = 20  # unreadable images that are named
+STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
+TESTS = {
+    "tinyimagenet": ("val_sorted", "val"),
+    "imagefolder": ("val_sorted", "val", "valid", "test"),
+    "imagenet": ("val",),
+}
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # listed without a look
+LARGEST_CHOSEN = 96  # pixels a side of own images whose size is not given
+MEMORY = 2e9  # bytes of images that are kept in memory
 
 
-@dataclass
-class ImageSet:
-    """One split: its images are `pixels` (N, 3, S, S) uint8 on the CPU, or files at `paths` (N,) of encoded names.
+def find(name: str, root: Path, settings: Settings, test_alone: bool) -> tuple[ImageSet | None, ImageSet]:
+    """Return (training images, test images) of `root/train/<class>/` and the first test folder that has classes.
 
-    `labels` (N,) int64; `size` is S, also of files once they are read; `statistics` (mean, std) of the normalisation
-    are on the scale 0 to 1; `flip` says whether a mirrored image keeps its class.
+    The former are None if they are missing, or not needed since tests alone are read. Raises UserError for folders
+    that cannot be used.
     """
+    if name == "tinyimagenet":
+        root = tiny_imagenet(root)
+    size = settings.size or (224 if name == "imagenet" else None)
+    train_folder = root / "train" if (root / "train").is_dir() else None
+    test_folder = next((root / part for part in TESTS[name] if class_names(root / part)), None)
+    if settings.test_split and not test_folder:
+        train, test = read_folder(train_folder or root).stratified(1 - settings.test_split)
+    elif not test_folder:
+        places = " or ".join(f"{root / part}/<class>/*" for part in TESTS[name] if part != "val_sorted")
+        raise UserError(f"no images: put them at {root / 'train'}/<class>/* and {places}")
+    else:
+        train = read_folder(train_folder) if train_folder and not (test_alone and size) else None
+        test = read_folder(test_folder)
+    if train and train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))[:3]
+        raise UserError(f"{test_folder}: its class folders must be those of {train_folder} (check: {', '.join(odd)})")
+    changed = reading(name, train or test, size, settings)
+    return train and replace(train, **changed), replace(test, **changed)
 
-    labels: torch.Tensor
-    classes: list[str]
-    size: int
-    statistics: tuple
-    pixels: torch.Tensor | None = None
-    paths: np.ndarray | None = None  # one array, since workers would copy a list of texts
-    flip: bool = True
-    in_memory: bool = True  # or read from files again in every pass
 
-    def __len__(self):
-        return len(self.labels)
-
-    def subset(self, indices: torch.Tensor) -> "ImageSet":
-        """Return the images at `indices`, in that order."""
-        pixels = None if self.pixels is None else self.pixels[indices]
-        paths = None if self.paths is None else self.paths[indices.numpy()]
-        return replace(self, labels=self.labels[indices], pixels=pixels, paths=paths)
+def tiny_imagenet(root: Path) -> Path:
+    """Return the folder of TinyImageNet at or below `root`, with its validation images sorted by class."""
+    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    if not (root / "train").is_dir():
+        raise UserError(f"tinyimagenet: unpack tiny-imagenet-200.zip so that {root / 'tiny-imagenet-200'} exists")
+    if (root / "val" / "images").is_dir() and not (root / "val_sorted").is_dir():
+        raise UserError(f"sort the validation images first: python data/preprocess_tinyimagenet.py {root}")
+    return root
 
 
 def class_names(folder: Path) -> list[str]:
@@ -52,16 +68,20 @@ def class_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def read_folder(folder: Path, size: int | None, statistics: tuple) -> ImageSet:
-    """Return the images of `folder/<class>/`, without hidden files (macOS leaves ._1.png beside 1.png in an archive).
+def read_folder(folder: Path) -> ImageSet:
+    """Return the images of `folder/<class>/`, without hidden files; print what is there on stderr.
 
-    Raises UserError if there is no class, or a class has no images: no network would ever see it.
+    A file without a usual ending is opened to see whether it is an image. Raises UserError if a class has no images.
     """
-    from torchvision.datasets.folder import make_dataset  # takes a second
+    left_out = Counter()
 
     def is_image(path: str) -> bool:
-        hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
-        return not hidden and path.lower().endswith(ENDINGS)
+        if f"{os.sep}." in path[len(str(folder)) :]:
+            return False  # such as the ._1.png that macOS leaves beside 1.png in an archive
+        if path.lower().endswith(ENDINGS) or header(path):
+            return True
+        left_out[Path(path).suffix or "without an ending"] += 1
+        return False
 
     names = class_names(folder)
     if not names:
@@ -71,90 +91,46 @@ def read_folder(folder: Path, size: int | None, statistics: tuple) -> ImageSet:
     except FileNotFoundError as error:
         raise UserError(f"{folder}: {first_line(error)}") from None
     paths, labels = zip(*samples, strict=True)
-    return ImageSet(torch.tensor(labels), names, size, statistics, paths=np.array([os.fsencode(p) for p in paths]))
+    counts = Counter(labels)
+    ends = min(counts, key=counts.get), max(counts, key=counts.get)
+    smallest, largest = (f"{names[number]} {counts[number]}" for number in ends)
+    others = "; not images: " + ", ".join(f"{count} {ending}" for ending, count in left_out.items()) if left_out else ""
+    warn(f"{folder}: images: {len(labels)}, classes: {len(names)} (smallest {smallest}, largest {largest}){others}")
+    return ImageSet(torch.tensor(labels), names, STATISTICS, paths=np.array([os.fsencode(path) for path in paths]))
 
 
-def find(root: Path, tests: Iterable[str], statistics: tuple, size: int | None) -> tuple[ImageSet | None, ImageSet]:
-    """Return the training images in `root`/train, None if there is no such folder, and those of the first test folder.
-
-    The names of possible test folders are `tests`. Without `size` it is the median of the images' shorter sides.
-    """
-    test_folder = next((root / name for name in tests if class_names(root / name)), None)
-    if test_folder is None:
-        places = " or ".join(f"{root / name}/<class>/*" for name in tests if name != "val_sorted")
-        raise UserError(f"no images: put them at {root}/train/<class>/* and {places}")
-    test = read_folder(test_folder, size, statistics)
-    train = read_folder(root / "train", size, statistics) if (root / "train").is_dir() else None
-    if train and train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[:3]
-        raise UserError(f"{test_folder}: its class folders must be those of {root / 'train'} (check: {', '.join(odd)})")
-    size = size or median_side((train or test).paths)
-    return train and replace(train, size=size), replace(test, size=size)
-
-
-def median_side(paths: np.ndarray) -> int:
-    """Return the side that images get in memory: the median of about 100 images' shorter sides, at most 96 pixels."""
-    sides = []
-    for path in paths[:: math.ceil(len(paths) / 100)]:
-        try:
-            with Image.open(os.fsdecode(path)) as image:
-                sides.append(min(image.size))
-        except (OSError, ValueError):
-            continue  # reported when all images are read
-    return min(int(np.median(sides)) if sides else LARGEST_IN_MEMORY, LARGEST_IN_MEMORY)
+def reading(name: str, images: ImageSet, size: int | None, settings: Settings) -> dict:
+    """Return the fields of an ImageSet that about 100 of the training `images` decide; print and warn what they are."""
+    headers = [found for found in map(header, images.some(100).paths) if found]
+    if not headers:
+        raise UserError(f"unreadable image {os.fsdecode(images.paths[0])}, and so are others")
+    sides, grey_range = np.array([found.size for found in headers]), settings.grey_range
+    size = size or min(int(np.median(sides.min(1))), LARGEST_CHOSEN)
+    if not grey_range and any(found.mode.startswith("I") for found in headers):
+        grey_range = measured_range(images)
+        warn(f"16-bit grey: {grey_range[0]} becomes black and {grey_range[1]} white")
+    keep = settings.keep or ("memory" if name != "imagenet" and len(images) * 3 * size**2 <= MEMORY else "files")
+    if settings.crop_size and keep == "files":
+        size = settings.crop_size
+    if name == "imagefolder":
+        (wide, high), (widest, highest) = sides.min(0), sides.max(0)
+        warn(f"images of {wide} x {high} to {widest} x {highest} pixels, read as {size} x {size} ({settings.resize})")
+        if settings.resize == "crop" and np.median(sides.max(1) / sides.min(1)) > 2:
+            warn("warning: most images are more than twice as long as wide and lose their ends: see --resize")
+        numbers = [int(text) for text in images.classes if text.isdecimal()]
+        if len(numbers) == len(images.classes) and numbers != sorted(numbers) and not settings.class_names:
+            warn(f"warning: class folders are sorted as text, {', '.join(images.classes[:3])} ...: see --class-names")
+    changed = {"size": size, "resize": settings.resize, "in_memory": keep == "memory"}
+    changed |= {"margin": 256 / 224} if name == "imagenet" else {}
+    return changed | ({"grey_range": tuple(grey_range)} if grey_range else {})
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a PIL image in 8-bit RGB; of 16-bit grey, which PIL itself would cut off at 255, the upper 8 bits."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")  # else PIL warns of palettes with it
-    return image.convert("RGB")
-
-
-def decode(path: str, size: int | None = None) -> torch.Tensor:
-    """Return the image at `path` as (3, H, W) uint8, resized and centre-cropped to `size` if given.
-
-    Raises UserError if it cannot be read.
-    """
-    damaged = (OSError, ValueError, SyntaxError, RuntimeError, MemoryError, Image.DecompressionBombError)
-    try:
-        with Image.open(path) as file:
-            image = to_rgb(file)
-        if size and image.size != (size, size):
-            scale = size / min(image.size)
-            wide, high = (max(size, round(side * scale)) for side in image.size)
-            left, top = (wide - size) // 2, (high - size) // 2
-            image = image.resize((wide, high), Image.BILINEAR).crop((left, top, left + size, top + size))
-    except damaged as error:
-        raise UserError(f"unreadable image {path} ({first_line(error)})") from None
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def into_memory(images: ImageSet, workers: int, skip_bad_images: bool = False) -> ImageSet:
-    """Return `images` with their pixels, read by `workers` threads; unreadable ones may be left out."""
-    if images.pixels is not None:
-        return images
-    pixels = torch.empty(len(images), 3, images.size, images.size, dtype=torch.uint8)
-
-    def read(number: int) -> str | None:
-        try:
-            pixels[number] = decode(os.fsdecode(images.paths[number]), images.size)
-        except UserError as error:
-            if not skip_bad_images:
-                raise UserError(f"{error}; --skip-bad-images leaves it out") from None
-            return str(error)
-
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        lines = list(pool.map(read, range(len(images))))
-    images = replace(images, pixels=pixels, paths=None)
-    bad = [line for line in lines if line]
-    if not bad:
-        return images
-    for line in bad[:SHOWN]:
-        warn(f"skipped: {line}")
-    warn(f"skipped {len(bad)} unreadable images of {len(lines)}")
-    return images.subset(torch.tensor([number for number, line in enumerate(lines) if not line], dtype=torch.int64))
+def measured_range(images: ImageSet) -> tuple[int, int]:
+    """Return the smallest and the largest value in the 16-bit grey images among 2,000, at most, of `images`."""
+    low, high = 2**31, 0
+    for path in images.some(2000).paths:
+        with suppress(*UNREADABLE), Image.open(os.fsdecode(path), formats=FORMATS) as image:
+            if image.mode.startswith("I"):
+                values = np.asarray(image)
+                low, high = min(low, int(values.min())), max(high, int(values.max()))
+    return low, max(high, low + 1)

@@ -10,43 +10,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from imagesets import folders
-from imagesets.folders import ImageSet
-from imagesets.in_memory import Normaliser, epoch_generator, share_of_batch, share_of_test, steps_of_epoch
+from imagesets.augment import Augmentation, transformed
+from imagesets.images import ImageSet
+from imagesets.in_memory import Epochs, Normaliser, epoch_generator, share_of_test
 from utils import UserError, World
-
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:  # torchvision has announced that it will leave; PIL reads the files then
-    decode_jpeg = None
-
-TEST_RESIZE = 256 / 224  # of the shorter side, before the centre crop
-PREFETCH = 2  # batches that each worker reads ahead
-
-
-def decode(path: str) -> torch.Tensor:
-    """Return the image at `path` as (3, H, W) uint8, whatever its colour space; UserError if it cannot be read."""
-    with suppress(OSError, RuntimeError):
-        content = torch.from_numpy(np.fromfile(path, np.uint8))
-        if decode_jpeg and content[:3].tolist() == [0xFF, 0xD8, 0xFF]:
-            return decode_jpeg(content, "RGB")
-    return folders.decode(path)  # slower, but knows more formats and says what is wrong
-
-
-def transformed(image: torch.Tensor, transform: Callable, key: Iterable[int]) -> torch.Tensor:
-    """Return `transform(image)` with torch's generator seeded by the whole numbers `key`, and left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
-        return transform(image)
 
 
 def random_resized_crop(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -54,6 +28,17 @@ def random_resized_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     top, left, height, width = v2.RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
     pixels = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
     return v2.functional.resize(pixels.permute(2, 0, 1), [size, size], antialias=True)
+
+
+def training_transform(images: ImageSet, augmentation: Augmentation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the transform of a training image (3, H, W); a random resized crop is taken from the whole image."""
+    if augmentation.padding is None:
+        steps = [] if images.resize == "crop" else [images.fitting()]
+        steps.append(partial(random_resized_crop, size=images.size))
+    else:
+        steps = [images.fitting(), v2.RandomCrop(images.size, augmentation.padding)]
+    steps += [v2.RandomHorizontalFlip()] * augmentation.flip
+    return v2.Compose(steps + [v2.RandAugment()] * augmentation.randaugment)
 
 
 class Images(Dataset):
@@ -65,7 +50,7 @@ class Images(Dataset):
     def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> tuple | str:
         number, key = item
         try:
-            image = decode(os.fsdecode(self.images.paths[number]))
+            image = self.images.decode(number)
         except UserError as error:
             return str(error)
         return transformed(image, self.transform, key), self.images.labels[number], number
@@ -97,13 +82,13 @@ def ignore_signals(leaving: Any, _: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
 
 
-class FileBatches:
-    """Batches of this rank's share of an image set, read by `workers` processes, which end with each pass."""
+class Reader:
+    """Reads batches of an image set by `workers` processes, which end with each pass."""
 
-    def __init__(self, images: ImageSet, transform: Callable, world: World, workers: int, skip: bool):
-        self.images, self.world, self.workers, self.skip = Images(images, transform), world, workers, skip
+    def __init__(self, images: ImageSet, transform: Callable, world: World, workers: int, skip_bad_images: bool):
+        self.images, self.device = Images(images, transform), world.device
+        self.workers, self.skip = workers, skip_bad_images
         self.normalise = Normaliser(images.statistics, world.device)
-        self.classes, self.size, self.statistics = images.classes, images.size, images.statistics
         self.skipped = set()
         self.leaving = multiprocessing.RawValue("b", 0)
         atexit.register(setattr, self.leaving, "value", 1)
@@ -115,9 +100,8 @@ class FileBatches:
             batch_sampler=plan,
             num_workers=self.workers,
             collate_fn=collate,
-            pin_memory=self.world.device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
             worker_init_fn=partial(ignore_signals, self.leaving),
-            prefetch_factor=PREFETCH if self.workers else None,
             generator=torch.Generator(),  # leaves the global one alone
         )
 
@@ -126,60 +110,47 @@ class FileBatches:
 
         Unreadable images are skipped, named once and counted, or raise a UserError.
         """
-        device, known = self.world.device, len(self.skipped)
-        for images, labels, index, bad in self.loader(plan):
+        known = len(self.skipped)
+        for *batch, bad in self.loader(plan):
             if bad and not self.skip:
                 raise UserError(f"{bad[0]}; --skip-bad-images leaves it out")
-            for line in bad:
-                if line not in self.skipped and len(self.skipped) < folders.SHOWN:
-                    print(f"skipped: {line}", file=sys.stderr, flush=True)  # each rank meets others
-                self.skipped.add(line)
-            if len(labels):
-                parts = (part.to(device, non_blocking=True) for part in (images, labels, index))
-                images, labels, index = parts
+            for line in sorted(set(bad) - self.skipped):
+                print(f"skipped: {line}", file=sys.stderr, flush=True)  # each rank meets others
+            self.skipped.update(bad)
+            if len(batch[0]):
+                images, labels, index = (part.to(self.device, non_blocking=True) for part in batch)
                 yield self.normalise(images), labels, index
         if len(self.skipped) > known:
             print(f"skipped {len(self.skipped)} unreadable images", file=sys.stderr, flush=True)
 
 
-class TrainBatches(FileBatches):
-    """Training batches: random resized crop and flip; an epoch can be entered at any step."""
+class TrainBatches(Epochs):
+    """Training batches; an epoch can be entered at any step."""
 
-    def __init__(
-        self, images: ImageSet, batch_size: int, seed: int, world: World, limit: int | None, workers: int, skip: bool
-    ):
-        transform = v2.Compose([partial(random_resized_crop, size=images.size), v2.RandomHorizontalFlip()])
-        super().__init__(images, transform, world, workers, skip)
-        self.batch_size, self.seed, self.num_images = batch_size, seed, len(images)
-        self.steps = steps_of_epoch(len(images), batch_size, world, limit)
-
-    def __len__(self):
-        return self.steps
-
-    def __iter__(self):
-        return self.epoch(0)
+    def __init__(self, images: ImageSet, augmentation: Augmentation, *order, workers: int, skip_bad_images: bool):
+        super().__init__(images, *order)
+        self.reader = Reader(images, training_transform(images, augmentation), self.world, workers, skip_bad_images)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield (images, labels, index) of this rank from step `start` of `epoch` on."""
         if start < self.steps:  # else workers would start for nothing
-            yield from self.read(self.plan(epoch, start))
+            yield from self.reader.read(self.plan(epoch, start))
 
     def plan(self, epoch: int, start: int = 0) -> Iterator[list]:
         """Yield each step's list of (number, (seed, epoch, position)) of this rank."""
         order = torch.randperm(self.num_images, generator=epoch_generator(self.seed, epoch))
-        for step in range(start, self.steps):
-            at = share_of_batch(step, self.batch_size, self.num_images, self.world)
+        for at in self.shares(start):
             yield [(i, (self.seed, epoch, p)) for i, p in zip(order[at].tolist(), at.tolist(), strict=True)]
 
 
-class TestBatches(FileBatches):
-    """Test batches: the shorter side resized, the centre cropped; each image once, split over the processes."""
+class TestBatches:
+    """Test batches: each image once, split over the processes."""
 
     __test__ = False
 
-    def __init__(self, images: ImageSet, batch_size: int, world: World, limit: int | None, workers: int, skip: bool):
-        transform = v2.Compose([v2.Resize(round(images.size * TEST_RESIZE)), v2.CenterCrop(images.size)])
-        super().__init__(images, transform, world, workers, skip)
+    def __init__(self, images: ImageSet, batch_size: int, world: World, limit: int | None, **reading):
+        self.classes, self.size, self.statistics = images.classes, images.size, images.statistics
+        self.reader = Reader(images, images.fitting(), world, **reading)
         mine, self.total = share_of_test(len(images), limit and limit * batch_size, world)
         self.batches = [[(i, (0,)) for i in part.tolist()] for part in mine.split(max(batch_size // world.size, 1))]
 
@@ -187,5 +158,5 @@ class TestBatches(FileBatches):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for images, labels, _ in self.read(self.batches):
+        for images, labels, _ in self.reader.read(self.batches):
             yield images, labels

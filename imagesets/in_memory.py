@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from imagesets.augment import CropFlip, ResizedCropFlip
-from imagesets.folders import ImageSet
+from imagesets.images import ImageSet
 from utils import UserError, World
 
 TEST_IMAGES = 256  # in a test batch, of 32 x 32 pixels or fewer
@@ -28,14 +28,6 @@ def share_of_batch(step: int, batch_size: int, count: int, world: World) -> torc
     length = min(batch_size, count - first)
     each = math.ceil(length / world.size)
     return (torch.arange(each) + first + world.rank * each) % count
-
-
-def steps_of_epoch(count: int, batch_size: int, world: World, limit: int | None = None) -> int:
-    """Return the steps of an epoch of `count` images, at most `limit`."""
-    if batch_size % world.size:
-        raise UserError(f"a batch size of {batch_size} does not divide among {world.size} processes")
-    steps = math.ceil(count / batch_size)
-    return min(steps, limit or steps)
 
 
 def share_of_test(length: int, limit: int | None, world: World) -> tuple[torch.Tensor, int]:
@@ -67,27 +59,19 @@ class Normaliser:
         return torch.addcmul(self.shift, images, self.scale, out=images)
 
 
-class TrainBatches:
-    """Training batches of images held as uint8 on the device.
+class Epochs:
+    """What all training batches share: the length of an epoch, and its order.
 
     Order and augmentation depend on (seed, epoch, position) alone: the same for every number of processes, and an
     epoch can be entered at any step.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        augmentation: CropFlip | ResizedCropFlip,
-        batch_size: int,
-        seed: int,
-        world: World,
-        limit: int | None = None,
-    ):
-        self.steps = steps_of_epoch(len(images), batch_size, world, limit)
-        self.images, self.labels = images.pixels.to(world.device), images.labels.to(world.device)
-        self.normalise = Normaliser(images.statistics, world.device)
-        self.augmentation, self.batch_size, self.seed, self.world = augmentation, batch_size, seed, world
-        self.num_images, self.size = len(images), augmentation.size
+    def __init__(self, images: ImageSet, batch_size: int, seed: int, world: World, limit: int | None = None):
+        if batch_size % world.size:
+            raise UserError(f"a batch size of {batch_size} does not divide among {world.size} processes")
+        self.num_images, self.size, self.statistics = len(images), images.size, images.statistics
+        self.batch_size, self.seed, self.world = batch_size, seed, world
+        self.steps = min(math.ceil(len(images) / batch_size), limit or len(images))
 
     def __len__(self):
         return self.steps
@@ -95,13 +79,28 @@ class TrainBatches:
     def __iter__(self):
         return self.epoch(0)
 
+    def shares(self, start: int) -> Iterator[torch.Tensor]:
+        """Yield this rank's positions in the epoch's order at each step from `start` on."""
+        for step in range(start, self.steps):
+            yield share_of_batch(step, self.batch_size, self.num_images, self.world)
+
+
+class TrainBatches(Epochs):
+    """Training batches of images held as uint8 on the device."""
+
+    def __init__(self, images: ImageSet, augmentation: CropFlip | ResizedCropFlip, *order, **more):
+        super().__init__(images, *order, **more)
+        self.images, self.labels = images.pixels.to(self.world.device), images.labels.to(self.world.device)
+        self.normalise = Normaliser(images.statistics, self.world.device)
+        self.augmentation, self.size = augmentation, augmentation.size
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield (images (B, 3, S, S) float32, labels (B,), index (B,)) of this rank from step `start` of `epoch` on."""
         count, device = self.num_images, self.world.device
         generator = epoch_generator(self.seed, epoch)
         order = torch.randperm(count, generator=generator)
         draws = self.augmentation.draw(count, generator)
-        shares = [share_of_batch(step, self.batch_size, count, self.world) for step in range(start, self.steps)]
+        shares = list(self.shares(start))
         if not shares:
             return
         # All steps' indices go to the device at once: a copy in each step would make the host wait.

@@ -16,7 +16,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import imagesets
-from imagesets import from_files
+from imagesets import folders, from_files
+from imagesets.images import decode
 from utils import UserError, World
 
 CHANNELS = {"RGB": 3, "L": 1, "CMYK": 4}
@@ -56,7 +57,7 @@ def load(root, rank=0, ranks=1, workers=0, **settings):
 
 def test_every_colour_space_is_decoded(root):
     for path in sorted((root / "train").rglob("*.JPEG")):
-        found, expected = from_files.decode(str(path)), Image.open(path)
+        found, expected = decode(str(path)), Image.open(path)
         assert found.dtype == torch.uint8 and found.shape == (3, expected.height, expected.width)
         if expected.mode != "CMYK":
             difference = found.int() - torch.from_numpy(np.array(expected.convert("RGB"))).permute(2, 0, 1)
@@ -96,8 +97,8 @@ def test_each_test_image_counts_once_as_torchvision_shows_it(root, ranks):
         assert {test.total for test in tests} == {4}
     assert sorted(torch.cat([labels for _, labels in found]).tolist()) == [0, 1, 2, 3]
     transform = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.ToDtype(torch.float32, scale=True),
-                            v2.Normalize(*imagesets.IMAGENET_STATISTICS)])  # fmt: skip
-    expected = transform(from_files.decode(str(root / "val" / "n00000000" / "0.JPEG")))
+                            v2.Normalize(*folders.STATISTICS)])  # fmt: skip
+    expected = transform(decode(str(root / "val" / "n00000000" / "0.JPEG")))
     torch.testing.assert_close(found[0][0][0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -109,6 +110,7 @@ def test_an_unreadable_image_stops_with_its_path(damaged, workers):
 
 def test_unreadable_images_are_skipped_named_and_counted_once(damaged, capsys):
     data = load(damaged[0], skip_bad_images=True)
+    capsys.readouterr()
     for epoch in (0, 1):
         assert sum(len(labels) for _, labels, _ in data.train.epoch(epoch)) == 11
     first, second = capsys.readouterr().err.splitlines()
@@ -121,17 +123,17 @@ def test_other_formats_than_jpeg_are_read_by_pillow(tmp_path):
     pixels = np.random.RandomState(0).randint(0, 256, (300, 300, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     path = (tmp_path / "a.png").rename(tmp_path / "a.JPEG")
-    assert torch.equal(from_files.decode(str(path)), torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(decode(str(path)), torch.from_numpy(pixels).permute(2, 0, 1))
     content = bytearray(path.read_bytes())
     content[5000] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="unreadable image"):
-        from_files.decode(str(path))
+        decode(str(path))
 
 
 def test_random_crops_are_torchvisions(root):
     """The same draws give torchvision's own pixels, and a batch of them is channels-last in memory."""
-    image = from_files.decode(str(root / "train" / "n00000000" / "0.JPEG"))
+    image = decode(str(root / "train" / "n00000000" / "0.JPEG"))
     for seed in range(8):
         torch.manual_seed(seed)
         expected = v2.RandomResizedCrop(224, antialias=True)(image)

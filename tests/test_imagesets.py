@@ -3,7 +3,6 @@
 import math
 import os
 import pickle
-import shutil
 
 import numpy as np
 import pytest
@@ -11,16 +10,16 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedShuffleSplit
+from test_own_images import write_images
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 import imagesets
 from imagesets import in_memory
-from imagesets.augment import CropFlip
-from imagesets.folders import ImageSet
+from imagesets.augment import CropFlip, ResizedCropFlip
+from imagesets.images import ImageSet
 from utils import UserError, World
 
 STATISTICS = imagesets.STATISTICS["cifar100"]
@@ -34,7 +33,7 @@ def random_images(count, size=32, seed=0):
 def image_set(pixels, labels=None, statistics=STATISTICS):
     """Return images whose labels are their numbers unless given."""
     labels = torch.arange(len(pixels)) if labels is None else labels
-    return ImageSet(labels, [str(number) for number in range(len(pixels))], pixels.shape[-1], statistics, pixels)
+    return ImageSet(labels, [str(number) for number in range(len(pixels))], statistics, pixels.shape[-1], pixels)
 
 
 def numbered_set(count, size=4):
@@ -67,6 +66,32 @@ def test_draws_are_uniform_and_independent():
     seen = ((draws[:, 0] * 9 + draws[:, 1]) * 2 + draws[:, 2]).bincount(minlength=162).double()
     chi_square = ((seen - 200) ** 2 / 200).sum().item()
     assert len(seen) == 162 and abs(chi_square - 161) < 5 * math.sqrt(2 * 161)
+
+
+@pytest.mark.parametrize("source", [32, 64, 96])
+def test_resized_crops_and_flips_are_torchvisions(source):
+    """Within PIL's two roundings (one of each pass) for small, large and whole boxes."""
+    images, crops = random_images(40, source), ResizedCropFlip(source, 32)
+    draws = crops.draw(40, torch.Generator().manual_seed(0))
+    draws[:2, :4] = torch.tensor([[0, 0, source, source], [3, 1, 19, 23]])
+    for image, (*box, flip), found in zip(images, draws.tolist(), crops.apply(images, draws), strict=True):
+        expected = tv.pil_to_tensor(tv.resized_crop(tv.to_pil_image(image), *box, [32, 32])).float()
+        assert ((expected.flip(2) if flip else expected) - found).abs().max() <= 1.001
+
+
+def test_boxes_have_torchvisions_distribution():
+    """Quantiles of corner, sides, area and ratio of 4,000 boxes each, in units of the image's side or area."""
+
+    def quantiles(boxes):
+        top, left, height, width = boxes.float().T / 96
+        values = torch.stack([top, left, height, width, height * width, width / height])
+        return values.quantile(torch.arange(0.1, 1, 0.1), dim=1)
+
+    torch.manual_seed(0)
+    image = torch.empty(3, 96, 96)
+    wanted = [v2.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+    found = ResizedCropFlip(96, 32).draw(4000, torch.Generator().manual_seed(0))[:, :4]
+    assert (quantiles(found) - quantiles(torch.tensor(wanted))).abs().max() < 0.03
 
 
 def test_normalisation_is_torchvisions_and_the_border_is_black():
@@ -113,8 +138,7 @@ def test_an_epoch_entered_at_a_step_continues_as_the_whole_epoch():
 
 
 @settings(max_examples=60, deadline=None)
-@given(count=st.integers(1, 40), each=st.integers(1, 6), sizes=st.lists(st.sampled_from([1, 2, 3]), min_size=2, max_size=2),
-       data=st.data())  # fmt: skip
+@given(st.integers(1, 40), st.integers(1, 6), st.lists(st.sampled_from([1, 2, 3]), min_size=2, max_size=2), st.data())
 def test_ranks_share_an_epoch_whatever_their_number_from_any_step_on(count, each, sizes, data):
     batch_size = 6 * each
     steps = math.ceil(count / batch_size)
@@ -194,11 +218,12 @@ def test_digits_split():
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
 def test_few_shot_split_is_scikit_learns(ratio):
     labels = torch.from_numpy(np.random.RandomState(0).permutation(np.repeat(np.arange(100), 50)))
+    images = image_set(torch.arange(5000).view(-1, 1, 1, 1), labels)
     splitter = StratifiedShuffleSplit(n_splits=1, test_size=1 - ratio, random_state=0)
     expected = sorted(next(splitter.split(np.zeros(5000), labels.numpy()))[0].tolist())
-    kept, left = imagesets.stratified(labels, ratio)
-    assert kept.tolist() == expected and sorted(kept.tolist() + left.tolist()) == list(range(5000))
-    assert imagesets.stratified(labels, 1.0)[0].tolist() == list(range(5000))
+    kept, left = (part.pixels.flatten().tolist() for part in images.stratified(ratio))
+    assert kept == expected and sorted(kept + left) == list(range(5000))
+    assert len(images.stratified(1.0)[0]) == 5000
 
 
 def test_held_out_and_few_training_images():
@@ -211,119 +236,10 @@ def test_held_out_and_few_training_images():
         imagesets.load("digits", val_split=0.999)
 
 
-def write_images(folder, sizes, mode="RGB", suffix="png", seed=0):
-    """Write one random image per size, (width, height), into a class folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.RandomState(seed)
-    for number, (wide, high) in enumerate(sizes):
-        shape = (high, wide, 3) if mode == "RGB" else (high, wide)
-        Image.fromarray(random.randint(0, 256, shape, dtype=np.uint8)).save(folder / f"{number}.{suffix}")
-
-
-def pixels_of(path):
-    """Return a file's pixels as (3, H, W)."""
-    with Image.open(path) as file:
-        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-
-
-@pytest.mark.parametrize("test", ["val_sorted", "val", "test"])
-def test_image_folder(tmp_path, test):
-    write_images(tmp_path / "train" / "cat", [(16, 16), (33, 17)])
-    write_images(tmp_path / "train" / "dog", [(16, 20)], "L")
-    (tmp_path / "val" / ".ipynb_checkpoints").mkdir(parents=True)  # holds no class, so another test folder is read
-    write_images(tmp_path / test / "cat", [(8, 8)], suffix="JPEG")
-    write_images(tmp_path / test / "dog", [(40, 16)], suffix="jpg")
-    (tmp_path / "train" / "dog" / "notes.txt").write_text("no image")
-    (tmp_path / "train" / "dog" / "._0.png").write_bytes(b"left by macOS")
-    write_images(tmp_path / "train" / "dog" / ".thumbnails", [(16, 16)])
-    data = imagesets.load("imagefolder", tmp_path, workers=2)
-    assert data.classes == ["cat", "dog"] and data.info["images"] == 3 and data.test.total == 2 and data.size == 16
-    assert data.train.labels.tolist() == [0, 0, 1] and data.test.labels.tolist() == [0, 1]
-    assert torch.equal(data.train.images[0], pixels_of(tmp_path / "train" / "cat" / "0.png"))
-    assert torch.equal(data.train.images[2], pixels_of(tmp_path / "train" / "dog" / "0.png")[:, 2:18])
-    shutil.rmtree(tmp_path / "train")  # weights can be tested without it, at the size that they were trained at
-    assert imagesets.load_test("imagefolder", tmp_path, size=12).images.shape == (2, 3, 12, 12)
-
-
-def test_large_images_are_shrunk_in_memory(tmp_path):
-    for split in ("train", "val"):
-        write_images(tmp_path / split / "cat", [(200, 300)])
-    assert imagesets.load("imagefolder", tmp_path).size == 96
-
-
-@pytest.mark.parametrize("suffix", ["PNG", "pgm", "tif", "gif", "webp", "bmp"])
-def test_formats(tmp_path, suffix):
-    for split in ("train", "val"):
-        write_images(tmp_path / split / "cat", [(16, 16)], "L", suffix)
-    assert imagesets.load("imagefolder", tmp_path).train.images.shape == (1, 3, 16, 16)
-
-
-def test_transparent_palettes(tmp_path, recwarn):
-    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
-    image = image.convert("P")
-    image.putpalette(list(range(256)) * 3)
-    for split in ("train", "val"):
-        (tmp_path / split / "cat").mkdir(parents=True)
-        image.save(tmp_path / split / "cat" / "0.png", transparency=bytes(range(256)))
-    with Image.open(tmp_path / "val" / "cat" / "0.png") as file:
-        expected = torch.from_numpy(np.array(file.convert("RGBA").convert("RGB"))).permute(2, 0, 1)
-    recwarn.clear()
-    assert torch.equal(imagesets.load_test("imagefolder", tmp_path).images[0], expected) and not recwarn.list
-
-
-def no_train(root):
-    write_images(root / "val" / "cat", [(8, 8)])
-
-
-def no_test(root):
-    write_images(root / "train" / "cat", [(8, 8)])
-
-
-def empty_class(root):
-    no_train(root), no_test(root)
-    (root / "train" / "dog").mkdir()
-
-
-def other_classes(root):
-    no_train(root)
-    write_images(root / "train" / "dog", [(8, 8)])
-
-
-def no_image(root):
-    no_train(root), no_test(root)
-    (root / "train" / "cat" / "1.png").write_bytes(b"not an image")
-
-
-def truncated(root):
-    no_train(root)
-    write_images(root / "train" / "cat", [(8, 8), (64, 64)])
-    path = root / "train" / "cat" / "1.png"
-    path.write_bytes(path.read_bytes()[:2000])
-
-
-@pytest.mark.parametrize(
-    ("spoil", "named"),
-    [(lambda root: None, "train"), (no_train, "train"), (no_test, "val"), (empty_class, "dog"), (other_classes, "dog"),
-     (no_image, "1.png"), (truncated, "1.png")],
-)  # fmt: skip
-def test_image_folder_that_cannot_be_used(tmp_path, spoil, named):
-    spoil(tmp_path)
-    with pytest.raises(UserError) as error:
-        imagesets.load("imagefolder", tmp_path)
-    assert named in str(error.value) and len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("spoil", [no_image, truncated])
-def test_unreadable_images_are_left_out_named_and_counted(tmp_path, spoil, capsys):
-    spoil(tmp_path)
-    data = imagesets.load("imagefolder", tmp_path, skip_bad_images=True)
-    assert data.info["images"] == len(data.train.labels) == len(data.train.images) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert str(tmp_path / "train" / "cat" / "1.png") in lines[0] and "1 unreadable" in lines[1] and len(lines) == 2
-
-
 def test_tinyimagenet(tmp_path):
     """Its training images lie one folder deeper; its test images have no labels."""
+    with pytest.raises(UserError, match="unpack tiny-imagenet-200.zip"):
+        imagesets.load("tinyimagenet", tmp_path)
     root = tmp_path / "tiny-imagenet-200"
     for name in ("n1", "n2"):
         write_images(root / "train" / name / "images", [(64, 64)] * 2, suffix="JPEG")
@@ -365,7 +281,7 @@ def write_cifar(root, name, as_bytes=False, count=2, classes=None):
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("name", READERS)
 def test_cifar_as_published_and_with_other_contents(name, published, as_bytes, tmp_path, monkeypatch, capsys):
-    """Torchvision reads the former; the latter is read here, also as pickled by Python 3 with bytes, with one warning."""
+    """Torchvision reads the former; the latter is read here, also with bytes as keys, with one warning."""
     if published and as_bytes:
         pytest.skip("not published so")
     written = write_cifar(tmp_path, name, as_bytes)

@@ -6,8 +6,7 @@ import logging
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NoReturn
 from urllib.parse import urlparse
 
@@ -17,8 +16,8 @@ import torch.distributed as dist
 from training import distributed
 from utils import UserError, World, available_cores, first_line
 
-POLL_EVERY = 10  # steps between agreements of several processes on whether to stop
-STOP_SIGNALS = tuple(getattr(signal, f"SIG{name}") for name in ("TERM", "USR1", "HUP", "INT") if hasattr(signal, name))
+POLL_EVERY = 10  # steps after which several processes agree on whether to stop
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
 NOT_WRITABLE = (errno.EACCES, errno.EDQUOT, errno.EMFILE, errno.ENOSPC, errno.EPIPE, errno.EROFS)
 
 
@@ -29,16 +28,14 @@ class Preempted(SystemExit):
 class StopSignal:
     """Within a `with` block, notes the signals that ask a run to stop, so that training can save before it ends.
 
-    A second Ctrl-C raises KeyboardInterrupt.
+    After Ctrl-C the next one raises KeyboardInterrupt: torchrun sends its processes SIGTERM for a second Ctrl-C.
     """
 
-    def __init__(self, signals: Iterable[int] = STOP_SIGNALS):
-        self.signals = signals
-        self.received = False
-        self.interrupted_at: float | None = None
+    def __init__(self):
+        self.received = self.interrupted = False
 
     def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self.note) for number in self.signals}
+        self.before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -47,24 +44,13 @@ class StopSignal:
 
     def note(self, number: int, _: Any) -> None:
         """Signal handler: remember that a stop was asked for."""
-        self.received = True
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if self.interrupted_at is None:
-            self.interrupted_at = now
-        elif now > self.interrupted_at + 1 or not dist.is_initialized():  # torchrun hands on what the terminal has sent
+        if self.interrupted:
             raise KeyboardInterrupt
-
-    def agreed(self, world: World, step: int, steps: int) -> bool:
-        """Return whether the run stops after `step` of `steps`: at once if alone, else when all processes ask."""
-        if world.size > 1 and step % POLL_EVERY and step < steps:
-            return False
-        return distributed.any_over_ranks(self.received, world)
+        self.received, self.interrupted = True, number == signal.SIGINT
 
     def preempted(self) -> Preempted:
         """Return the exception that ends the run, once it is saved."""
-        return Preempted(143 if self.interrupted_at is None else 130)
+        return Preempted(130 if self.interrupted else 143)
 
 
 def restarted() -> bool:
@@ -145,7 +131,7 @@ def relaunch(args: argparse.Namespace, argv: list[str]) -> int:
         if killed and not known:
             print_failure(", ".join(killed))
         return known[0] if known else 1
-    except dist.DistNetworkError as error:
+    except RuntimeError as error:
         raise UserError(f"--dist-url {args.dist_url}: {first_line(error)}") from None
     return 0
 

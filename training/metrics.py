@@ -219,3 +219,12 @@ def summary(record: dict[str, Any], epochs: int) -> str:
         f"{speed}{record['peak_memory_mib']:.0f} MiB, "
         f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
     )
+
+
+def best_line(best: dict[str, Any], rule: str, held_out: bool, last: float) -> str:
+    """Return a run's last line: its best epoch and how that was chosen, beside its last epoch."""
+    rule = {"top1": "top-1", "joint": "joint accuracy of the best head"}[rule]
+    images = "held-out training images" if held_out else "the test set"
+    at = f"epoch {best['epoch']}" + (f" of network {best['net']}" if best["net"] else "")
+    chosen = f"selected by {rule} on {images}, {best['value']:.2f} there"
+    return f"best: top-1 {best['top1']:.2f} at {at} ({chosen}); last: {last:.2f}"

@@ -26,6 +26,27 @@ def to_cpu(value: Any) -> Any:
     return value
 
 
+# Settings that may differ between the processes of a run: paths, and where a process runs.
+OWN_SETTINGS = {
+    "rank",
+    "gpu_id",
+    "num_workers",
+    "checkpoint_dir",
+    "data",
+    "tcheckpoint",
+    "pretrained_backbone",
+    "digests",
+}
+
+
+def shaping(trainer: "Trainer") -> dict[str, Any]:
+    """Return what must be equal in all processes: their results would be silently wrong."""
+    settings = {name: value for name, value in trainer.settings.items() if name not in OWN_SETTINGS}
+    data = {"steps an epoch": len(trainer.train), "images": trainer.info.get("images")}
+    data["classes"] = trainer.info.get("class_names")
+    return {**settings, **data, "teacher": trainer.teacher_digest, "torch": str(torch.__version__)}
+
+
 def state_of(trainer: "Trainer") -> dict[str, Any]:
     """Return a Trainer's whole state; all processes of a group take part."""
     model = utils.unwrap(trainer.model)

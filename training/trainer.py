@@ -14,7 +14,7 @@ from torch import nn
 import utils
 from methods import Batch, Objective
 from training import distributed, launch, state
-from training.metrics import Totals, evaluate, peak_memory, summary
+from training.metrics import Totals, best_line, evaluate, peak_memory, summary
 from training.optim import Factory, optimizer_factory, rate_factor, set_rate
 from training.precision import TYPES, resolve_precision, type_name
 from training.progress import Progress
@@ -73,23 +73,20 @@ class Trainer:
             raise UserError(f"--accumulate has no part in {self.objective.name}: its running state is of whole batches")
         given = {name: getattr(self, name) for name in ("lr", "weight_decay", "momentum", "nesterov")}
         self.factory = optimizer_factory(self.optimizer, **given)
-        self.settings = self.settings or {
-            "method": self.objective.name,
-            "seed": self.seed,
-            "epochs": self.epochs,
-            **given,
-        }
+        self.settings = self.settings or {"method": self.objective.name, "seed": self.seed, **given}
         self.arch = getattr(self.model, "arch", type(self.model).__name__)
         self.run = RunFolder(self.folder, self.arch, self.settings) if self.folder else None
         self.epoch, self.step_in_epoch, self.last_top1 = 0, 0, None
         self.best = {"epoch": 0, "value": -1.0, "top1": None, "net": None}
         self.totals = Totals(self.world.device)
+        teacher = self.objective.teacher
+        self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, nn.Module) else None
+        distributed.check_same(state.shaping(self), self.world)
         saved = self.claim() if self.run and not self.evaluate else None
         self.precision = resolve_precision(self.amp, self.world.device)
         if saved and self.amp == "auto":
             self.precision = TYPES.get(saved.content.get("precision"), self.precision)
         self.build()
-        distributed.check_same(self.shaping(), self.world)
         if saved:
             state.resume(self, saved)
         if self.run and not self.evaluate and self.world.is_main:
@@ -113,8 +110,6 @@ class Trainer:
         layout = torch.contiguous_format if exact else torch.channels_last
         self.model.to(device, memory_format=layout)
         objective.to(device)
-        teacher = objective.teacher
-        self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, nn.Module) else None
         if type(objective).prepare is not Objective.prepare:
             objective.prepare(self.model, next(iter(self.train))[0].to(device))
             objective.to(device)
@@ -134,14 +129,6 @@ class Trainer:
             sync_bn=self.sync_bn,
         )
         torch.backends.cudnn.benchmark = True  # nearly every step has the same shapes
-
-    def shaping(self) -> dict[str, Any]:
-        """Return what must be equal in all processes, for their results would be silently wrong."""
-        ours = ("rank", "gpu_id", "num_workers", "checkpoint_dir", "data", "tcheckpoint", "pretrained_backbone")
-        settings = {name: value for name, value in self.settings.items() if name not in ours}
-        data = {"steps an epoch": len(self.train), "images": self.info.get("images")}
-        data["classes"] = self.info.get("class_names")
-        return {**settings, **data, "teacher": self.teacher_digest, "torch": str(torch.__version__)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, which is what a checkpoint holds; all processes of a group take part."""
@@ -176,7 +163,9 @@ class Trainer:
                 if self.run:
                     self.save(best=self.best["epoch"] == epoch + 1)
                 print_main(summary(record, self.epochs))
-        self.print_best()
+        if self.last_top1 is not None:
+            held_out = self.val is not None
+            print_main(best_line(self.best, self.objective.best_by, held_out, self.last_top1))
         return self.best
 
     def one_epoch(self, epoch: int, stop: launch.StopSignal | None) -> dict[str, Any]:
@@ -291,16 +280,6 @@ class Trainer:
         if self.world.is_main:
             self.run.save(content, best)
         distributed.barrier()
-
-    def print_best(self) -> None:
-        """Print the best epoch and how it was chosen, beside the last one."""
-        if self.last_top1 is None:
-            return
-        rule = {"top1": "top-1", "joint": "joint accuracy of the best head"}[self.objective.best_by]
-        images = "the test set" if self.val is None else "held-out training images"
-        at = f"epoch {self.best['epoch']}" + (f" of network {self.best['net']}" if self.best["net"] else "")
-        chosen = f"selected by {rule} on {images}, {self.best['value']:.2f} there"
-        print_main(f"best: top-1 {self.best['top1']:.2f} at {at} ({chosen}); last: {self.last_top1:.2f}")
 
     def test_best(self) -> dict[str, float]:
         """Test the run folder's best weights with all heads, print and return the accuracies."""

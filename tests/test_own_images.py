@@ -1,0 +1,353 @@
+"""Own folders of images: what is read, how it is resized and augmented, and what is said about it."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import imagesets
+from imagesets import folders
+from imagesets.augment import Augmentation
+from utils import UserError
+
+FAULTS = Path(__file__).resolve().parents[2] / "shared" / "faults"
+
+
+def write_images(folder, sizes, mode="RGB", suffix="png", seed=0):
+    """Write one random image per size, (width, height), into a class folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.RandomState(seed)
+    for number, (wide, high) in enumerate(sizes):
+        shape = (high, wide, 3) if mode == "RGB" else (high, wide)
+        Image.fromarray(random.randint(0, 256, shape, dtype=np.uint8)).save(folder / f"{number}.{suffix}")
+
+
+def pixels_of(path):
+    """Return a file's pixels as (3, H, W)."""
+    with Image.open(path) as file:
+        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("test", ["val_sorted", "val", "test"])
+def test_image_folder(tmp_path, test):
+    write_images(tmp_path / "train" / "cat", [(16, 16), (33, 17)])
+    write_images(tmp_path / "train" / "dog", [(16, 20)], "L")
+    (tmp_path / "val" / ".ipynb_checkpoints").mkdir(parents=True)  # holds no class, so another test folder is read
+    write_images(tmp_path / test / "cat", [(8, 8)], suffix="JPEG")
+    write_images(tmp_path / test / "dog", [(40, 16)], suffix="jpg")
+    (tmp_path / "train" / "dog" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "dog" / "._0.png").write_bytes(b"left by macOS")
+    write_images(tmp_path / "train" / "dog" / ".thumbnails", [(16, 16)])
+    data = imagesets.load("imagefolder", tmp_path, workers=2)
+    assert data.classes == ["cat", "dog"] and data.info["images"] == 3 and data.test.total == 2 and data.size == 16
+    assert data.train.labels.tolist() == [0, 0, 1] and data.test.labels.tolist() == [0, 1]
+    assert torch.equal(data.train.images[0], pixels_of(tmp_path / "train" / "cat" / "0.png"))
+    assert torch.equal(data.train.images[2], pixels_of(tmp_path / "train" / "dog" / "0.png")[:, 2:18])
+    shutil.rmtree(tmp_path / "train")  # weights can be tested without it, at the size that they were trained at
+    assert imagesets.load_test("imagefolder", tmp_path, size=12).images.shape == (2, 3, 12, 12)
+
+
+def test_large_images_are_shrunk_in_memory(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / split / "cat", [(200, 300)])
+    assert imagesets.load("imagefolder", tmp_path).size == 96
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "pgm", "tif", "gif", "webp", "bmp"])
+def test_formats(tmp_path, suffix):
+    for split in ("train", "val"):
+        write_images(tmp_path / split / "cat", [(16, 16)], "L", suffix)
+    assert imagesets.load("imagefolder", tmp_path).train.images.shape == (1, 3, 16, 16)
+
+
+def test_transparent_palettes(tmp_path, recwarn):
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    image = image.convert("P")
+    image.putpalette(list(range(256)) * 3)
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        image.save(tmp_path / split / "cat" / "0.png", transparency=bytes(range(256)))
+    with Image.open(tmp_path / "val" / "cat" / "0.png") as file:
+        expected = torch.from_numpy(np.array(file.convert("RGBA").convert("RGB"))).permute(2, 0, 1)
+    recwarn.clear()
+    assert torch.equal(imagesets.load_test("imagefolder", tmp_path).images[0], expected) and not recwarn.list
+
+
+def no_train(root):
+    write_images(root / "val" / "cat", [(8, 8)])
+
+
+def no_test(root):
+    write_images(root / "train" / "cat", [(8, 8)])
+
+
+def empty_class(root):
+    no_train(root), no_test(root)
+    (root / "train" / "dog").mkdir()
+
+
+def other_classes(root):
+    no_train(root)
+    write_images(root / "train" / "dog", [(8, 8)])
+
+
+def no_image(root):
+    no_train(root), no_test(root)
+    (root / "train" / "cat" / "1.png").write_bytes(b"not an image")
+
+
+def truncated(root):
+    no_train(root)
+    write_images(root / "train" / "cat", [(8, 8), (64, 64)])
+    path = root / "train" / "cat" / "1.png"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [(lambda root: None, "train"), (no_train, "train"), (no_test, "val"), (empty_class, "dog"), (other_classes, "dog"),
+     (no_image, "1.png"), (truncated, "1.png")],
+)  # fmt: skip
+def test_image_folder_that_cannot_be_used(tmp_path, spoil, named):
+    spoil(tmp_path)
+    with pytest.raises(UserError) as error:
+        imagesets.load("imagefolder", tmp_path)
+    assert named in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("spoil", [no_image, truncated])
+def test_unreadable_images_are_left_out_named_and_counted(tmp_path, spoil, capsys):
+    spoil(tmp_path)
+    data = imagesets.load("imagefolder", tmp_path, skip_bad_images=True)
+    assert data.info["images"] == len(data.train.labels) == len(data.train.images) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
+    assert str(tmp_path / "train" / "cat" / "1.png") in lines[0] and "1 unreadable" in lines[1] and len(lines) == 2
+
+
+def load(root, **settings):
+    """Return the data of an own folder."""
+    return imagesets.load("imagefolder", root, workers=2, **settings)
+
+
+def write_splits(root, *args, classes=("cat", "dog"), test="val", **kwargs):
+    """Write the same kind of images into each class of a training and a test folder."""
+    for seed, split in enumerate(("train", test)):
+        for name in classes:
+            write_images(root / split / name, *args, seed=seed + len(name), **kwargs)
+    return root
+
+
+def test_what_is_no_image_by_its_content_is_left_out_and_counted_by_ending(tmp_path, capsys):
+    """Whatever the endings: phones, browsers and converters write many, and some files have none."""
+    write_splits(tmp_path, [(16, 16)] * 6, suffix="jpg")
+    for number, ending in enumerate((".jfif", ".jpe", ".JPG ", ".npy", "")):
+        path = tmp_path / "train" / "cat" / f"{number}.jpg"
+        path.rename(path.with_name(f"{number}{ending}"))
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    np.save(tmp_path / "train" / "cat" / "a.npy", np.zeros(3))
+    assert load(tmp_path).info["images"] == 12
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("images: 12", "classes: 2", "1 .txt", "1 .npy", "16 x 16"))
+
+
+@pytest.mark.parametrize(("name", "options"), [("JPEG2000", {}), ("AVIF", {}), ("WEBP", {}), ("PNG", {}), ("HEIF", {})])
+def test_formats_are_told_by_content(tmp_path, name, options):
+    if name == "HEIF":
+        pytest.importorskip("pillow_heif")
+    write_splits(tmp_path, [(64, 64)])
+    image = Image.new("RGB", (64, 64), (200, 30, 90))
+    path = tmp_path / "train" / "cat" / "0.jpg"
+    image.save(path, name)
+    (tmp_path / "train" / "cat" / "0.png").unlink()
+    found = load(tmp_path).train.images[0].float()
+    assert (found - torch.tensor([200.0, 30, 90]).view(3, 1, 1)).abs().max() < 12
+
+
+@pytest.mark.parametrize("keep", ["memory", "files"])
+def test_no_file_starts_ghostscript_or_takes_all_memory(tmp_path, keep, monkeypatch):
+    write_splits(tmp_path, [(16, 16)] * 3)
+    path = tmp_path / "train" / "dog" / "0.png"
+    Image.new("RGB", (16, 16)).save(path, "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
+    with pytest.raises(UserError, match="unreadable image"):
+        list(load(tmp_path, keep=keep).train)
+    Image.new("RGB", (90, 90)).save(path, "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(UserError, match="unreadable image"):
+        list(load(tmp_path, keep=keep).train)
+
+
+@pytest.mark.parametrize("keep", ["memory", "files"])
+def test_dark_sixteen_bit_images_use_the_range_of_the_training_images(tmp_path, keep):
+    values = np.linspace(30, 250, 256).astype(np.uint16).reshape(16, 16)
+    for split, brighter in (("train", 0), ("val", 20)):
+        (tmp_path / split / "cell").mkdir(parents=True)
+        Image.fromarray(values + brighter).save(tmp_path / split / "cell" / "0.png")
+    data = load(tmp_path, keep=keep, augment="none", mean=(0, 0, 0), std=(1, 1, 1))
+    assert data.info["grey_range"] == (30, 250)
+    expected = torch.from_numpy(values.astype(np.float32) - 30) / 220
+    ((images, _, _),) = data.train
+    torch.testing.assert_close(images[0, 0], expected, atol=3e-3, rtol=0)
+    shutil.rmtree(tmp_path / "train")
+    for test in (data.test, imagesets.load_test("imagefolder", tmp_path, workers=0, **imagesets.recorded(data.info))):
+        ((images, _),) = test
+        torch.testing.assert_close(images[0, 0], (expected + 20 / 220).clamp(max=1), atol=3e-3, rtol=0)
+
+
+@pytest.mark.parametrize("keep", ["memory", "files"])
+@pytest.mark.parametrize(("resize", "columns"), [("crop", (12, 20)), ("squash", (0, 32)), ("pad", (0, 32))])
+def test_wide_images_are_cropped_squashed_or_padded(tmp_path, resize, columns, keep, capsys):
+    """Pixels of column x are 8 x: so the columns that are left can be read off them."""
+    wide = np.tile((np.arange(32) * 8).astype(np.uint8), (8, 1))
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.fromarray(wide).save(tmp_path / split / "cat" / "0.png")
+    data = load(tmp_path, size=16, resize=resize, keep=keep, augment="none", mean=(0, 0, 0), std=(1, 1, 1))
+    found = next(iter(data.train))[0][0, 0] * 255
+    assert abs(found[8, 0] - 8 * columns[0]) < 12 and abs(found[8, -1] - 8 * (columns[1] - 1)) < 12
+    assert (found[0] == 0).all() == (resize == "pad")
+    assert torch.equal(next(iter(data.test))[0][0, 0] * 255, found)
+    assert ("--resize" in capsys.readouterr().err) == (resize == "crop")
+
+
+@pytest.mark.parametrize("keep", ["memory", "files"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+def test_photos_that_lie_on_their_side_are_put_upright(tmp_path, suffix, keep):
+    write_splits(tmp_path, [(16, 16)])
+    upright = Image.fromarray(np.repeat(np.repeat([[0, 255], [90, 180]], 8, 0), 8, 1).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "train" / "cat" / "0.png").unlink()
+    upright.rotate(90).save(tmp_path / "train" / "cat" / f"0.{suffix}", exif=exif)
+    data = load(tmp_path, keep=keep, augment="none", mean=(0, 0, 0), std=(1, 1, 1))
+    images, _, index = next(iter(data.train))
+    found = images[index == 0][0, 0] * 255
+    assert (found[4:12:7, 4:12:7] - torch.tensor([[0.0, 255], [90, 180]])).abs().max() < 20
+
+
+def test_augmentation_by_the_size_of_own_images_and_as_asked(tmp_path):
+    def applied(**settings):
+        return load(tmp_path, **settings).info["augment"]
+
+    write_splits(tmp_path, [(32, 32)] * 2)
+    assert applied() == str(Augmentation(4, True)) and applied(size=64) == str(Augmentation(8, True))
+    assert applied(size=96) == applied(augment="rrc") == str(Augmentation(None, True))
+    assert applied(augment="none") == str(Augmentation(0, False))
+    assert applied(augment="randaugment", flip=False) == str(Augmentation(4, False, True))
+    assert imagesets.load("digits").info["augment"] == str(Augmentation(4, False))
+
+
+@pytest.mark.parametrize("keep", ["memory", "files"])
+def test_arrows_stay_arrows_without_flips(tmp_path, keep):
+    """A training image is black on its left half: it is never black on its right."""
+    image = np.zeros((16, 16), np.uint8)
+    image[:, 8:] = 255
+    for split in ("train", "val"):
+        (tmp_path / split / "right").mkdir(parents=True)
+        for number in range(40):
+            Image.fromarray(image).save(tmp_path / split / "right" / f"{number}.png")
+    for flip, mirrored in ((True, True), (None, True), (False, False)):
+        images, _, _ = next(iter(load(tmp_path, keep=keep, flip=flip, augment="crop").train))
+        assert (images[:, 0, 8, 4] > images[:, 0, 8, 11]).any() == mirrored
+
+
+@pytest.mark.parametrize("keep", ["memory", "files"])
+def test_randaugment_depends_on_the_position_alone(tmp_path, keep):
+    write_splits(tmp_path, [(16, 16)] * 10)
+    settings = {"keep": keep, "batch_size": 8}
+    strong = load(tmp_path, augment="randaugment", **settings).train
+    (whole, rest), plain = (
+        (list(strong.epoch(1, start)) for start in (0, 1)),
+        list(load(tmp_path, **settings).train.epoch(1)),
+    )
+    assert (
+        len(rest) == len(whole) - 1 and torch.equal(whole[1][0], rest[0][0]) and torch.equal(whole[1][2], plain[1][2])
+    )
+    assert not torch.equal(whole[1][0], plain[1][0])
+
+
+def test_one_set_of_images_has_two_ways_to_keep_it(tmp_path, monkeypatch):
+    write_splits(tmp_path, [(130, 140), (150, 128)])
+    data = load(tmp_path, size=112)
+    assert data.info["keep"] == "memory" and data.train.images.shape == (4, 3, 112, 112) and data.size == 112
+    files = load(tmp_path, size=112, keep="files")
+    assert all(torch.equal(a, b) for a, b in zip(next(iter(data.test)), next(iter(files.test)), strict=True))
+    ((images, labels, index),) = files.train
+    assert images.shape == (4, 3, 112, 112) and torch.equal(labels, index // 2)
+    monkeypatch.setattr(folders, "MEMORY", 4 * 3 * 112**2 - 1)
+    assert load(tmp_path, size=112).info["keep"] == "files"
+    assert imagesets.load("imagenet", tmp_path, size=112, workers=0).info["keep"] == "files"
+
+
+def test_numbered_classes_are_ordered_by_a_list(tmp_path, capsys):
+    write_splits(tmp_path, [(16, 16)], classes=["0", "1", "10", "2"])
+    data = load(tmp_path)
+    assert data.classes == ["0", "1", "10", "2"] and "--class-names" in capsys.readouterr().err
+    names = ["0", "1", "2", "10"]
+    sorted_data = load(tmp_path, class_names=names)
+    assert sorted_data.classes == names and sorted_data.train.labels.tolist() == sorted_data.test.labels.tolist() == [
+        0,
+        1,
+        3,
+        2,
+    ]
+    assert "--class-names" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="check: 2"):
+        load(tmp_path, class_names=["0", "1", "10"])
+    test = imagesets.load_test(
+        "imagefolder", tmp_path, **imagesets.recorded(sorted_data.info)
+    )  # as the weights have them
+    assert test.classes == names and test.labels.tolist() == [0, 1, 3, 2]
+    assert imagesets.load_test("imagefolder", tmp_path, class_names=["a", "b", "c", "d"]).classes == data.classes
+
+
+def test_a_share_of_the_images_is_the_test_if_there_is_none(tmp_path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "train" / name, [(16, 16)] * 10, seed=len(name) + ord(name[0]))
+    data = load(tmp_path, test_split=0.2, seed=5)
+    test = imagesets.load_test("imagefolder", tmp_path, **imagesets.recorded(data.info))
+    parts = [{image.numpy().tobytes() for image in part.images} for part in (data.train, data.test, test)]
+    assert [len(part) for part in parts] == [16, 4, 4] and parts[1] == parts[2] and not parts[0] & parts[1]
+    assert data.test.labels.bincount().tolist() == [2, 2] and data.info["test_split"] == 0.2
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).rename(tmp_path / name)  # the classes need no folder of their own
+    (tmp_path / "train").rmdir()
+    assert load(tmp_path, test_split=0.2).info["images"] == 16
+
+
+@pytest.mark.parametrize("keep", ["memory", "files"])
+def test_normalisation_is_what_is_asked_for_or_measured(tmp_path, keep):
+    write_splits(tmp_path, [(16, 16)] * 4)
+    assert load(tmp_path).statistics == folders.STATISTICS
+    data = load(tmp_path, keep=keep, mean="auto", augment="none")
+    ((images, _, _),) = data.train
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-3, rtol=0)
+    test = imagesets.load_test("imagefolder", tmp_path, **imagesets.recorded(data.info))
+    assert test.statistics == data.test.statistics == data.statistics == (data.info["mean"], data.info["std"])
+
+
+def fault(name, root):
+    """Unpack a folder of those that were once read wrongly; return it."""
+    if not (FAULTS / f"{name}.tar.gz").exists():
+        pytest.skip("needs ../shared/faults")
+    with tarfile.open(FAULTS / f"{name}.tar.gz") as archive:
+        archive.extractall(root, filter="data")
+    return root / name
+
+
+def test_the_folders_that_were_read_wrongly(tmp_path, capsys):
+    mixed = load(fault("mixedext", tmp_path))
+    assert mixed.info["images"] == 160 and mixed.test.total == 80
+    assert "not images" not in capsys.readouterr().err
+    dark = load(fault("png16", tmp_path))
+    assert dark.info["grey_range"] == (21, 247) and dark.test.images.max() > 200
+    load(fault("wide", tmp_path))
+    assert "--resize" in capsys.readouterr().err
+    load(fault("numeric", tmp_path))
+    assert "--class-names" in capsys.readouterr().err
+    assert load(fault("corrupt", tmp_path), skip_bad_images=True).info["images"] == 155
