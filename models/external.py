@@ -153,6 +153,8 @@ def copied_branches(net: nn.Module, stages: Stages, fresh: Callable[[], nn.Modul
     branches = []
     for tap in stages.taps:
         source = fresh() if fresh is not None else reset_copy(net)
+        constants = {name: value for name, value in vars(net).items() if name.startswith("_tensor_constant")}
+        vars(source).update(constants)  # tensors that the forward pass makes, which torch.fx stores on the network
         ways = [(tap, stages.embedding)]
         if tap == stages.taps[-1] and stages.repeated is not None:
             ways.insert(0, (stages.repeated, tap))

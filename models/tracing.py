@@ -152,6 +152,9 @@ def function_of(net: nn.Module, graph: fx.Graph) -> Callable:
 def _in_place(net: nn.Module, node: fx.Node) -> bool:
     """Say whether a node may change its input."""
     if node.op == "call_module":
-        return any(getattr(module, "inplace", False) for module in net.get_submodule(node.target).modules())
+        module = net.get_submodule(node.target)
+        while isinstance(module, nn.Sequential) and len(module):
+            module = module[0]
+        return any(getattr(part, "inplace", False) for part in module.modules())
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return bool(node.kwargs.get("inplace")) or name.endswith("_") or name in ("iadd", "imul", "isub", "setitem")

@@ -63,7 +63,7 @@ TIMM = {
 
 
 class Tiny(nn.Module):
-    """Three stages for images of any size; `blocks` changes the tensor before it in place."""
+    """Three stages for images of any size; each begins with a change in place, and the forward pass makes constants."""
 
     def __init__(self, num_classes=10):
         super().__init__()
@@ -79,8 +79,8 @@ class Tiny(nn.Module):
         return nn.Sequential(*layers, nn.Dropout(0.2), nn.Conv2d(width, width, 3, 1, 1))
 
     def forward(self, x, mask=None):
-        x = self.stage3(self.stage2(self.stage1(self.stem(x))))
-        return self.fc(x.mean((2, 3)) * self.scale)
+        x = self.stage3(self.stage2(self.stage1(self.stem(x - torch.tensor(0.5)))))
+        return self.fc(x.mean((2, 3)) * self.scale + torch.tensor(2.0))
 
 
 def tiny_aux(**options):
