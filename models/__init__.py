@@ -1,29 +1,42 @@
-"""Every architecture by its published name: `create`, `names`, and what a name stands for.
+"""Every architecture by its name: `create`, `names`, and what a name stands for.
 
 `<backbone>` is a plain network, `<backbone>_aux` adds the auxiliary classifiers, `<a>_<a>` is a mutual pair of two
-`_aux` networks, where `a` is a backbone, its `_aux` name or one of the short names of the published pairs.
+`_aux` networks, where `a` is a backbone, its `_aux` name or one of the short names of the published pairs. A backbone
+is one of this package, `torchvision/NAME`, `timm/NAME` or `FILE.py:FUNCTION`; `<a>+<b>` is a pair of any two networks.
 """
 
 import difflib
 
+import torch
 from torch import nn
 
-from models import mobilenetv2, resnet, resnet_cifar, shufflenetv1, shufflenetv2, vgg, wrn
-from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, MutualPair
+from models import external, hub, mobilenetv2, resnet, resnet_cifar, shufflenetv1, shufflenetv2, vgg, wrn
+from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, MutualPair, embed, stage_features
+from models.external import attach_auxiliary, read_stages
+from models.hub import hub_weights, is_file, normalisation
 from models.layers import Backbone
+from models.stages import Stages
 
 __all__ = [
     "AuxiliaryClassifier",
     "AuxiliaryNet",
     "Backbone",
     "MutualPair",
+    "attach_auxiliary",
     "backbone_name",
     "create",
+    "create_pair",
+    "embed",
+    "hub_weights",
     "is_aux",
+    "is_file",
     "is_imagenet",
     "is_pair",
     "member_name",
     "names",
+    "normalisation",
+    "read_stages",
+    "stage_features",
 ]
 
 _FAMILIES = (resnet_cifar, wrn, vgg, resnet, mobilenetv2, shufflenetv1, shufflenetv2)
@@ -57,12 +70,12 @@ def names() -> list[str]:
 
 def is_aux(name: str) -> bool:
     """Say whether `name` is one network with auxiliary classifiers."""
-    return name.endswith(_SUFFIX) and name.removesuffix(_SUFFIX) in _BACKBONES
+    return name.endswith(_SUFFIX) and _is_backbone(name.removesuffix(_SUFFIX))
 
 
 def is_pair(name: str) -> bool:
     """Say whether `name` is a mutual pair."""
-    return _pair_backbone(name) is not None
+    return bool(_pair_backbones(name))
 
 
 def is_imagenet(name: str) -> bool:
@@ -70,32 +83,48 @@ def is_imagenet(name: str) -> bool:
     return backbone_name(name).endswith("_imagenet")
 
 
-def backbone_name(name: str) -> str:
-    """Return the backbone of an architecture, for a pair that of one member; ValueError for an unknown name."""
+def backbone_name(name: str, net: int = 1) -> str:
+    """Return the backbone of an architecture, for a pair that of its network `net`; ValueError for an unknown name."""
     bare = name.removesuffix(_SUFFIX)
-    backbone = bare if bare in _BACKBONES else _pair_backbone(name)
-    if backbone is None:
+    backbones = (bare,) if _is_backbone(bare) else _pair_backbones(name)
+    if not backbones:
         raise ValueError(_unknown(name))
+    backbone = backbones[min(net, len(backbones)) - 1]
+    if hub.is_external(backbone):
+        hub.check(backbone)
     return backbone
 
 
-def member_name(pair: str) -> str:
-    """Return the `_aux` architecture of either network of a mutual pair; ValueError where `pair` is none."""
-    backbone = _pair_backbone(pair)
-    if backbone is None:
+def member_name(pair: str, net: int = 1) -> str:
+    """Return the `_aux` architecture of network `net` (1 or 2) of a mutual pair; ValueError if `pair` is none."""
+    backbones = _pair_backbones(pair)
+    if not backbones:
         raise ValueError(_unknown(pair, "mutual pair"))
-    return backbone + _SUFFIX
+    return backbones[net - 1] + _SUFFIX
 
 
-def create(name: str, num_classes: int, rotations: int = 4) -> nn.Module:
+def create(
+    name: str,
+    num_classes: int,
+    rotations: int = 4,
+    *,
+    size: int | None = None,
+    taps: int = 4,
+    branches: str = "copy",
+    classifier: str | None = None,
+) -> nn.Module:
     """Return a freshly initialised network; ValueError listing the nearest names for an unknown one.
 
     The output forms are those of `Backbone`, `AuxiliaryNet` and `MutualPair`; a plain backbone ignores `rotations`.
-    `arch` of the network, and of every network within it, is its name.
+    `arch` of the network, and of every network within it, is its name. The keywords serve networks of torchvision, timm
+    and files: the images' size in pixels, and `attach_auxiliary`'s. A file is executed.
     """
+    options = {"size": size, "taps": taps, "branches": branches, "classifier": classifier}
     if is_pair(name):
-        member = member_name(name)
-        network = MutualPair(create(member, num_classes, rotations), create(member, num_classes, rotations))
+        members = (member_name(name, 1), member_name(name, 2))
+        network = MutualPair(*(create(member, num_classes, rotations, **options) for member in members))
+    elif hub.is_external(name):
+        network = _create_external(name, num_classes, rotations, **options)
     elif is_aux(name):
         network = AuxiliaryNet(create(backbone_name(name), num_classes), num_classes, rotations)
     else:
@@ -104,14 +133,41 @@ def create(name: str, num_classes: int, rotations: int = 4) -> nn.Module:
     return network
 
 
-def _pair_backbone(name: str) -> str | None:
-    """Return the backbone of both halves of `<a>_<a>`, or None where `name` has not that form."""
+def create_pair(name1: str, name2: str, num_classes: int, rotations: int = 4, **options) -> MutualPair:
+    """Return a mutual pair of two networks, named with or without `_aux`; `options` are `create`'s keywords."""
+    return create(f"{backbone_name(name1)}+{backbone_name(name2)}", num_classes, rotations, **options)
+
+
+def _create_external(name: str, num_classes: int, rotations: int, size: int | None, **options) -> nn.Module:
+    """Return a network of torchvision, timm or a file, cut at the size it was made for and traced at `size`."""
+    bare = name.removesuffix(_SUFFIX)
+    build = hub.builder(bare, num_classes, size)
+    net = build()
+    net.arch = bare
+    if bare == name:
+        return net
+    branches = options.pop("branches")
+    usual = hub.default_size(bare, size)
+    stages = Stages(net, torch.empty(1, 3, usual, usual), **options)
+    if size not in (None, usual):
+        stages.trace(torch.empty(1, 3, size, size))
+    return external.attach(net, stages, num_classes, rotations, branches, build)
+
+
+def _is_backbone(name: str) -> bool:
+    """Say whether `name` is a plain network: one of this package, or of the form of a library's or a file's."""
+    return name in _BACKBONES or (hub.is_external(name) and "+" not in name)
+
+
+def _pair_backbones(name: str) -> tuple[str, ...]:
+    """Return the backbones of `<a>_<a>` or `<a>+<b>`, or () if `name` has neither form."""
     middle = len(name) // 2
-    half = name[:middle]
-    if name != f"{half}_{half}":
-        return None
-    half = _SHORT_NAMES.get(half, half).removesuffix(_SUFFIX)
-    return half if half in _BACKBONES else None
+    halves = name.split("+") if "+" in name else [name[:middle], name[middle + 1 :]]
+    if "+" not in name and name != "_".join(halves):
+        return ()
+    backbones = tuple(_SHORT_NAMES.get(half, half).removesuffix(_SUFFIX) for half in halves)
+    equal = "+" in name or backbones[0] == backbones[1]
+    return backbones if len(backbones) == 2 and equal and all(map(_is_backbone, backbones)) else ()
 
 
 def _unknown(name: str, kind: str = "architecture") -> str:

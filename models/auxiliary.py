@@ -1,12 +1,15 @@
 """Auxiliary classifiers on a backbone (HSAKD, IJCAI 2021), and mutual pairs of such networks (HSSAKD, TNNLS 2022)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Backbone, global_pool
+from models.layers import global_pool
+
+MOST_OTHER_TOKENS = 8  # class, distillation and register tokens beside those of the image
 
 
 class AuxiliaryClassifier(nn.Module):
@@ -37,19 +40,73 @@ class AuxiliaryClassifier(nn.Module):
             x = getattr(self, f"block_extractor{level}")(x)
             if self.tail_prefix is not None:
                 x = F.relu(getattr(self, f"{self.tail_prefix}{level}")(x), inplace=True)
-            outputs.append(getattr(self, f"fc{level}")(global_pool(x)))
+            outputs.append(getattr(self, f"fc{level}")(pooled(x)))
         return outputs
+
+
+class StageReader:
+    """Reads the stages of a traced network: `reader(net, x) -> ([tap, ...], embedding, logits)`; holds no weights."""
+
+    def __init__(
+        self, functions: dict[bool, Callable], taps: dict[str, tuple], layouts: list[str], classifier: list[str]
+    ):
+        """Take a function per mode (training or not), tap -> shape, their layouts, and the layers of the logits."""
+        self.functions = functions
+        self.taps = taps
+        self.layouts = layouts
+        self.classifier = classifier
+
+    def __call__(self, net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return the tapped tensors as they are, shallow to deep, the embedding and the logits (B, N)."""
+        return self.functions[net.training](net, x)
+
+
+def as_map(x: Tensor, layout: str) -> Tensor:
+    """Return a feature map (B, C, H, W) of a tensor that is laid out "first" (B, C, H, W), "last" (B, H, W, C), as
+    "tokens" (B, N, C), which are a square but for class tokens and the like in front, or as a "row" of them.
+    """
+    if layout == "first":
+        return x
+    if layout == "last":
+        return x.permute(0, 3, 1, 2)
+    side = math.isqrt(x.shape[1])
+    others = x.shape[1] - side**2
+    if layout == "row" or others > MOST_OTHER_TOKENS:
+        return x.transpose(1, 2).unsqueeze(3)
+    return x[:, others:].transpose(1, 2).unflatten(2, (side, side))
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Return the average over the positions of (B, C, H, W) or the tokens of (B, N, C); (B, C) is itself."""
+    return global_pool(x) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x
+
+
+def taps_of(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the tapped tensors of a backbone and its logits (B, N)."""
+    if (reader := vars(net).get("stage_reader")) is None:
+        return net.forward_features(x)
+    taps, _, logits = reader(net, x)
+    return taps, logits
 
 
 class AuxiliaryNet(nn.Module):
     """A backbone with auxiliary classifiers: x -> (logits (B, N), [aux logits (B, N * rotations), ...])."""
 
-    def __init__(self, backbone: Backbone, num_classes: int, rotations: int = 4):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        rotations: int = 4,
+        auxiliary_classifier: AuxiliaryClassifier | None = None,
+    ):
+        """Take a backbone, which builds its own auxiliary classifier unless one is given."""
         super().__init__()
         self.num_classes = num_classes
         self.rotations = rotations
         self.backbone = backbone
-        self.auxiliary_classifier = backbone.build_auxiliary(num_classes * rotations)
+        if auxiliary_classifier is None:
+            auxiliary_classifier = backbone.build_auxiliary(num_classes * rotations)
+        self.auxiliary_classifier = auxiliary_classifier
 
     @property
     def frozen(self) -> bool:
@@ -72,9 +129,9 @@ class AuxiliaryNet(nn.Module):
         """Return the class logits and the auxiliary logits; a frozen backbone's features carry no gradient."""
         if self.frozen:
             with torch.no_grad():
-                taps, logits = self.backbone.forward_features(x)
+                taps, logits = taps_of(self.backbone, x)
         else:
-            taps, logits = self.backbone.forward_features(x)
+            taps, logits = taps_of(self.backbone, x)
         return logits, self.auxiliary_classifier(taps)
 
 
@@ -93,3 +150,22 @@ class MutualPair(nn.Module):
         logits1, aux_logits1 = self.net1(x)
         logits2, aux_logits2 = self.net2(x)
         return [logits1, logits2], [aux_logits1, aux_logits2]
+
+
+def stage_features(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the feature maps (B, C, H, W) of a network's stages, shallow to deep, and its logits (B, N).
+
+    `net` is a backbone of `models`, an `AuxiliaryNet` or a network whose stages `models.read_stages` has found.
+    """
+    net = net.backbone if isinstance(net, AuxiliaryNet) else net
+    taps, logits = taps_of(net, x)
+    if (reader := vars(net).get("stage_reader")) is not None:
+        taps = [as_map(tap, layout) for tap, layout in zip(taps, reader.layouts, strict=True)]
+    return taps, logits
+
+
+def embed(net: nn.Module, x: Tensor) -> Tensor:
+    """Return what the classifier of a backbone reads, pooled to (B, D); `net` as for `stage_features`."""
+    net = net.backbone if isinstance(net, AuxiliaryNet) else net
+    reader = vars(net).get("stage_reader")
+    return net.embed(x) if reader is None else pooled(reader(net, x)[1])

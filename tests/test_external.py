@@ -1,0 +1,362 @@
+"""Networks of torchvision, timm and files: names, taps by rule, generated branches, and what cannot be cut."""
+
+import contextlib
+import copy
+import sys
+import urllib.error
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import models
+
+SMALL = torch.zeros(1, 3, 32, 32)
+
+# The smallest of each of torchvision's families, and the smallest image (of those tried) at which training works.
+TORCHVISION = {
+    "alexnet": 64,
+    "convnext_tiny": 32,
+    "densenet121": 32,
+    "efficientnet_b0": 32,
+    "efficientnet_v2_s": 32,
+    "googlenet": 32,
+    "inception_v3": 75,
+    "maxvit_t": 224,
+    "mnasnet0_5": 32,
+    "mobilenet_v2": 32,
+    "mobilenet_v3_small": 32,
+    "regnet_x_400mf": 32,
+    "regnet_y_400mf": 32,
+    "resnet18": 32,
+    "resnext50_32x4d": 32,
+    "shufflenet_v2_x0_5": 32,
+    "squeezenet1_1": 32,
+    "swin_t": 32,
+    "swin_v2_t": 32,
+    "vgg11": 32,
+    "vgg11_bn": 32,
+    "vit_b_16": 32,
+    "wide_resnet50_2": 32,
+}
+TIMM = {
+    "cait_xxs24_224": 32,
+    "convnext_atto": 64,
+    "deit_tiny_patch16_224": 32,
+    "edgenext_xx_small": 64,
+    "efficientformerv2_s0": 224,
+    "ghostnet_050": 64,
+    "hrnet_w18_small": 64,
+    "levit_128s": 224,
+    "mixer_s32_224": 64,
+    "mobilenetv3_small_050": 64,
+    "mobilevit_xxs": 64,
+    "poolformer_s12": 64,
+    "pvt_v2_b0": 64,
+    "regnetx_002": 64,
+    "repvit_m0_9": 64,
+    "resnet10t": 64,
+    "vit_tiny_patch16_224": 32,
+    "xcit_nano_12_p16_224": 64,
+}
+
+
+class Tiny(nn.Module):
+    """Three stages for images of any size; each begins with a change in place, and the forward pass makes constants."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.stage1 = self.stage(8, 8, 1)
+        self.stage2 = self.stage(8, 16, 2)
+        self.stage3 = self.stage(16, 32, 2)
+        self.scale = nn.Parameter(torch.ones(32))
+        self.fc = nn.Linear(32, num_classes)
+
+    def stage(self, in_width, width, stride):
+        layers = [nn.ReLU(inplace=True), nn.Conv2d(in_width, width, 3, stride, 1), nn.BatchNorm2d(width)]
+        return nn.Sequential(*layers, nn.Dropout(0.2), nn.Conv2d(width, width, 3, 1, 1))
+
+    def forward(self, x, mask=None):
+        x = self.stage3(self.stage2(self.stage1(self.stem(x - torch.tensor(0.5)))))
+        return self.fc(x.mean((2, 3)) * self.scale + torch.tensor(2.0))
+
+
+def tiny_aux(**options):
+    torch.manual_seed(0)
+    return models.attach_auxiliary(Tiny(), 10, example=SMALL, fresh=Tiny, **options)
+
+
+def branch_shapes(network, level):
+    """Return the sorted shapes of all weights of a branch before its last layer."""
+    auxiliary = network.auxiliary_classifier
+    parts = [f"block_extractor{level}."]
+    if auxiliary.tail_prefix is not None:
+        parts.append(f"{auxiliary.tail_prefix}{level}.")
+    return sorted(tuple(value.shape) for key, value in auxiliary.named_parameters() if key.startswith(tuple(parts)))
+
+
+@pytest.mark.parametrize(
+    ("name", "taps"),
+    [
+        ("resnet20", ["layer1", "layer2", "layer3"]),
+        ("wrn_16_2", ["block1", "block2", "block3"]),
+        ("mobilenetV2", ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]),
+    ],
+)
+def test_the_rule_finds_the_hand_written_taps_and_branches(name, taps):
+    published = models.create(f"{name}_aux", 10)
+    network = models.attach_auxiliary(models.create(name, 10), 10, example=SMALL)
+    assert list(network.backbone.stage_reader.taps) == taps
+    expected, _ = published.backbone.forward_features(SMALL)
+    assert [tuple(tap.shape[1:]) for tap in expected] == list(network.backbone.stage_reader.taps.values())
+    for level in range(1, len(taps)):
+        assert branch_shapes(network, level) == branch_shapes(published, level)
+
+
+@pytest.mark.parametrize("branches", ["copy", "light"])
+def test_attached_network_keeps_the_logits_and_trains_every_weight(branches):
+    network, plain = tiny_aux(branches=branches), Tiny()
+    plain.load_state_dict(network.backbone.state_dict())
+    images = torch.randn(5, 3, 40, 24)
+    for mode in (False, True):
+        torch.manual_seed(1)
+        logits, aux_logits = network.train(mode)(images)
+        torch.manual_seed(1)
+        assert torch.equal(logits, plain.train(mode)(images))
+    assert [tuple(aux.shape) for aux in aux_logits] == [(5, 40)] * 3
+    assert network.auxiliary_classifier.num_branches == 3
+    sum(aux.square().mean() for aux in (logits, *aux_logits)).backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in network.parameters())
+
+
+def test_branches_are_new_and_their_own():
+    network = tiny_aux()
+    owned = {id(weight) for weight in network.backbone.parameters()}
+    assert owned.isdisjoint(id(weight) for weight in network.auxiliary_classifier.parameters())
+    branch = network.auxiliary_classifier.block_extractor1[0]
+    assert not torch.equal(branch.get_submodule("stage3.1").weight, network.backbone.stage3[1].weight)
+
+
+def test_without_a_second_network_branches_are_reset_and_the_rest_is_named():
+    net = Tiny()
+    with torch.no_grad():
+        net.scale.fill_(3.0)
+    with pytest.warns(UserWarning, match="keep the network's values"):
+        network = models.attach_auxiliary(net, 10, example=SMALL)
+    branch = network.auxiliary_classifier.block_extractor1[0]
+    assert (branch.scale == 3).all()
+    assert not torch.equal(branch.get_submodule("stage3.1").weight, net.stage3[1].weight)
+
+
+def test_frozen_backbone_stands_still():
+    network = tiny_aux()
+    network.freeze_backbone()
+    network.train()
+    assert network.frozen and network.auxiliary_classifier.training and not network.backbone.training
+    before = copy.deepcopy(network.backbone.state_dict())
+    sum(aux.mean() for aux in network(torch.randn(4, 3, 32, 32))[1]).backward()
+    assert all(weight.grad is None for weight in network.backbone.parameters())
+    assert all(weight.grad is not None for weight in network.auxiliary_classifier.parameters())
+    torch.testing.assert_close(network.backbone.state_dict(), before, rtol=0, atol=0)
+
+
+def test_copies_state_dicts_and_compilation():
+    network, other = tiny_aux().eval(), tiny_aux(branches="copy").eval()
+    images = torch.randn(2, 3, 32, 32)
+    other.load_state_dict(network.state_dict(), strict=True)
+    torch.testing.assert_close(other(images), network(images), rtol=0, atol=0)
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        copied.backbone.fc.weight.zero_()
+    assert not torch.equal(copied(images)[0], network(images)[0])
+    torch.compiler.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), network(images))
+
+
+def test_number_of_taps_and_of_layers():
+    network = tiny_aux(taps=2)
+    assert list(network.backbone.stage_reader.taps) == ["stage2", "stage3"]
+    copied, light = (
+        models.attach_auxiliary(Tiny(), 10, example=SMALL, branches=b, fresh=Tiny) for b in ("copy", "light")
+    )
+    sizes = [sum(weight.numel() for weight in found.parameters()) for found in (copied, light)]
+    assert sizes[1] < sizes[0]
+
+
+def test_stage_features_of_any_network_are_maps():
+    images = torch.randn(2, 3, 32, 32)
+    for net in (models.create("resnet8", 10), models.create("resnet8_aux", 10)):
+        features, logits = models.stage_features(net, images)
+        assert [tuple(found.shape[1:]) for found in features] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    vit = torchvision.models.VisionTransformer(32, 8, 4, 2, 16, 32, num_classes=10).eval()
+    models.read_stages(vit, SMALL, taps=2)
+    features, logits = models.stage_features(vit, images)
+    assert [tuple(found.shape) for found in features] == [(2, 16, 4, 4)] * 2
+    assert torch.equal(logits, vit(images))
+    assert models.embed(vit, images).shape == (2, 16)
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet10t", "nets/own.py:build", "wrn_16_2"])
+def test_names(name):
+    assert not models.is_aux(name) and models.is_aux(f"{name}_aux") and not models.is_pair(f"{name}_aux")
+    if not name.startswith("timm"):
+        assert models.backbone_name(f"{name}_aux") == name
+    pair = f"{name}+torchvision/alexnet"
+    assert models.is_pair(pair) and not models.is_aux(pair)
+    assert [models.member_name(pair, net) for net in (1, 2)] == [f"{name}_aux", "torchvision/alexnet_aux"]
+
+
+def test_create_from_torchvision_and_a_pair_of_two():
+    network = models.create("torchvision/resnet18_aux", 7, rotations=1, size=32)
+    assert (network.arch, network.backbone.arch) == ("torchvision/resnet18_aux", "torchvision/resnet18")
+    logits, aux_logits = network.eval()(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7) and [aux.shape[1] for aux in aux_logits] == [7] * 4
+    assert type(models.create("torchvision/resnet18", 7)) is torchvision.models.ResNet
+    pair = models.create_pair("resnet8", "torchvision/squeezenet1_1_aux", 7, size=64)
+    assert pair.arch == "resnet8+torchvision/squeezenet1_1"
+    logits, aux_logits = pair.eval()(torch.randn(2, 3, 64, 64))
+    assert [len(found) for found in aux_logits] == [3, 4]
+
+
+def test_create_from_a_file(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import torchvision\ndef build(num_classes):\n    return torchvision.models.resnet18(num_classes=num_classes)\n"
+    )
+    assert models.is_file(f"{path}:build_aux")
+    network = models.create(f"{path}:build_aux", 5)
+    assert list(network.backbone.stage_reader.taps) == ["layer1", "layer2", "layer3", "layer4"]
+    with pytest.raises(ValueError, match="no function other, but build"):
+        models.create(f"{path}:other", 5)
+    with pytest.raises(ValueError, match="no such file"):
+        models.create("missing.py:build", 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("torchvision/resnet19_aux", "torchvision/resnet18"), ("resnet21", "resnet20")]
+)
+def test_unknown_names_list_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=nearest):
+        models.create(name, 10)
+
+
+def test_timm_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="pip install timm"):
+        models.create("timm/resnet10t_aux", 10)
+
+
+def test_hub_weights_and_normalisation(monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(ValueError, match="no route to host"):
+        models.hub_weights("torchvision/resnet18_aux")
+    with pytest.raises(ValueError, match="in no hub"):
+        models.hub_weights("resnet20")
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url",
+        lambda *args, **kwargs: torchvision.models.googlenet(init_weights=False).state_dict(),
+    )
+    models.create("torchvision/googlenet", 1000).load_state_dict(models.hub_weights("torchvision/googlenet"))
+    assert models.normalisation("torchvision/resnet18_aux") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert models.normalisation("resnet20") is None
+
+
+class TwoHeads(Tiny):
+    """Tiny with a second classifier, which reads another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc2 = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.stage2(self.stage1(self.stem(x)))
+        return self.fc(self.stage3(x).mean((2, 3))) + self.fc2(x.mean((2, 3)))
+
+
+class Untraceable(Tiny):
+    """Tiny with control flow that depends on the image."""
+
+    def forward(self, x):
+        return super().forward(x if x.mean() > 0 else -x)
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (TwoHeads(), "several classifiers .fc, fc2."),
+        (Untraceable(), "cannot be traced: .* tensor"),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), "no classifier"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), "cannot be cut"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)), "32 x 32 pixels"),
+        (Tiny(num_classes=7), "7 classes, not 10"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_in_one_line(net, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        models.attach_auxiliary(net, 10, example=SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_classifiers_of_one_embedding_are_no_doubt():
+    class TwoNorms(Tiny):
+        def forward(self, x):
+            x = self.stage3(self.stage2(self.stage1(self.stem(x)))).mean((2, 3))
+            return self.fc(x.relu()) + self.fc(x * self.scale)
+
+    network = models.attach_auxiliary(TwoNorms(), 10, example=SMALL, fresh=TwoNorms)
+    assert models.embed(network, SMALL).shape == (1, 32)
+
+
+def test_a_named_classifier_settles_which_embedding_is_meant():
+    network = models.attach_auxiliary(TwoHeads(), 10, example=SMALL, classifier="fc2", fresh=TwoHeads)
+    assert network.backbone.stage_reader.classifier == ["fc2"]
+
+
+def check_family(name, size):
+    """Assert what holds of every network: heads, finite gradients, the library's own logits, a strict state dict."""
+    torch.manual_seed(0)
+    network, other = (models.create(f"{name}_aux", 10, size=size) for _ in range(2))
+    plain = models.create(name, 10, size=size)
+    plain.load_state_dict(network.backbone.state_dict(), strict=True)
+    other.load_state_dict(network.state_dict(), strict=True)
+    images = torch.randn(2, 3, size, size)
+    for mode in (False, True):
+        torch.manual_seed(1)
+        logits, aux_logits = network.train(mode)(images)
+        torch.manual_seed(1)
+        assert torch.equal(logits, plain.train(mode)(images))
+    assert 2 <= len(aux_logits) <= 4 and all(aux.shape == (2, 40) for aux in aux_logits)
+    sum(aux.square().mean() for aux in (logits, *aux_logits)).backward()
+    branches = network.auxiliary_classifier.named_parameters()
+    assert not [key for key, weight in branches if weight.grad is None or not weight.grad.isfinite().all()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_family_of_torchvision(name):
+    check_family(f"torchvision/{name}", TORCHVISION[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIMM)
+def test_family_of_timm(name):
+    pytest.importorskip("timm")
+    check_family(f"timm/{name}", TIMM[name])
+
+
+@pytest.mark.slow
+def test_data_parallel_training_uses_every_weight(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.distributed.destroy_process_group)
+        network = nn.parallel.DistributedDataParallel(tiny_aux())
+        for _ in range(2):  # the second step fails if a weight got no gradient in the first
+            logits, aux_logits = network(torch.randn(4, 3, 32, 32))
+            sum(aux.mean() for aux in (logits, *aux_logits)).backward()
