@@ -171,10 +171,10 @@ class Checkpoint:
         self.path = path
         self.content = read_file(path)
         with self.errors_named():
-            found, ema = state_dicts.find(self.content, key)
+            found, self.ema = state_dicts.find(self.content, key)
             self.state, counters = state_dicts.clean(found)
-        if ema:
-            warn(f"{path}: using the EMA weights, {ema} (--weights-key chooses others)")
+        if self.ema:
+            warn(f"{path}: using the EMA weights, {self.ema} (--weights-key chooses others)")
         if counters:
             warn(f"{path}: left out {len(counters)} counters that are no weights ({counters[0]})")
 
@@ -232,7 +232,7 @@ class Checkpoint:
         """Epoch and accuracy that the file records, as numbers."""
         found = {}
         for key in ("epoch", "acc"):
-            value = self.content.get(key)
+            value = self.content.get(f"ema_{key}" if self.ema and f"ema_{key}" in self.content else key)
             if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
                 value = value.item()
             if isinstance(value, (int, float)):

@@ -18,6 +18,7 @@ from options.parser import (
     gpu_ids,
     natural,
     not_negative,
+    part,
     path,
     positive,
     seed,
@@ -69,6 +70,8 @@ def training_parser(
     add("--milestones", type=positive, nargs="+", help=f"epochs at which the rate is x0.1 (default: {listed})")
     add("--warmup-epoch", type=natural, default=0, help="epochs of linear warm-up before the schedule (default: 0)")
     add("--val-split", type=below_one, default=0.0, help="select the best epoch on this share of the training images")
+    average = "share of the old weights in a moving average of them, tested and saved too, such as 0.999"
+    add("--ema-decay", type=part, metavar="SHARE", help=average)
     add("--class-weights", choices=["balanced"], help="weigh the classes of the hard labels by their images")
     add("--label-smoothing", type=below_one, default=0.0, help="share of the hard labels spread over all classes")
     add("--accumulate", type=positive, default=1, help="parts that a batch is computed in, to save memory")
@@ -234,7 +237,7 @@ def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
     multistep = {"milestones": args.milestones} if args.schedule == "multistep" else {}
     same = ("epochs", "optimizer", "schedule", "weight_decay", "amp", "accumulate", "compile", "sync_bn", "resume")
     return {
-        **{name: getattr(args, name) for name in (*same, "evaluate", "save_minutes", "dist_timeout")},
+        **{name: getattr(args, name) for name in (*same, "evaluate", "save_minutes", "dist_timeout", "ema_decay")},
         **sgd,
         **multistep,
         "lr": args.init_lr,

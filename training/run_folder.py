@@ -124,7 +124,7 @@ class RunFolder:
     def read_last(self) -> Checkpoint:
         """Return the last checkpoint; UserError if it cannot be read."""
         try:
-            return Checkpoint(self.last)
+            return Checkpoint(self.last, key="net")
         except UserError as error:
             raise UserError(f"--resume: {error}; {self.recovery()}") from None
 

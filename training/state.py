@@ -84,6 +84,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "precision": type_name(trainer.precision),
         "best": trainer.best,
         "best_by": trainer.objective.best_by,
+        **(trainer.ema.state_dict() if trainer.ema else {}),
     }
     return to_cpu(state) if trainer.world.is_main else {}
 
@@ -94,6 +95,8 @@ def load(trainer: "Trainer", state: dict[str, Any]) -> None:
     load_state(trainer.step.optimizer, trainer.factory, state["optimizer"])
     trainer.step.scaler.load_state_dict(state["scaler"])
     trainer.objective.load_state_dict(state["objective"])
+    if trainer.ema:
+        trainer.ema.load_state_dict(state)
     trainer.epoch, trainer.step_in_epoch = state["order"]["epoch"], state["order"]["step"]
     trainer.totals.load_state_dict(state["totals"], trainer.world.is_main)
     trainer.best, trainer.last_top1 = {name: state["best"][name] for name in trainer.best}, state["acc"]

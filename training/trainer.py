@@ -14,6 +14,7 @@ from torch import nn
 import utils
 from methods import Batch, Objective
 from training import distributed, launch, start, state, teacher_cache
+from training.ema import Average
 from training.metrics import Totals, best_line, evaluate, is_finite, peak_memory, summary
 from training.optim import Factory, optimizer_factory, rate_factor, set_rate
 from training.precision import TYPES, resolve_precision, type_name
@@ -52,6 +53,7 @@ class Trainer:
     warmup: int = 0  # epochs
     seed: int = 0
     amp: str = "auto"  # precision: auto, off, bf16, fp16
+    ema_decay: float | None = None  # share of the old value in a moving average of the weights; None: no average
     accumulate: int = 1  # parts that a batch is computed in
     compile: bool = False
     sync_bn: bool = False
@@ -124,6 +126,7 @@ class Trainer:
             compile_for=compile_for,
             sync_bn=self.sync_bn,
         )
+        self.ema = Average(self.model, self.step.optimizer, self.ema_decay) if self.ema_decay is not None else None
         torch.backends.cudnn.benchmark = True  # nearly every step has the same shapes
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,6 +177,7 @@ class Trainer:
         self.totals, self.step_in_epoch, self.epoch = Totals(self.world.device), 0, epoch + 1
         rate = self.step.optimizer.param_groups[0]["lr"]
         record = {"epoch": epoch + 1, "lr": rate, **trained, **self.test_epoch(epoch)}
+        record.update(self.ema.test(self) if self.ema else {})
         self.last_top1 = record["test/top1"]
         # A run resumed after an epoch's last step has trained on nothing in this one.
         record.update({"images_per_second": images / seconds or None, "seconds": time.perf_counter() - began})
