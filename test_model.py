@@ -30,6 +30,7 @@ def parse_args(argv=None):
     add("--student-weights", type=options.path, required=True, help="weights to test")
     options.add_choice(add, "--student-weights")
     add("--json", action="store_true", help="print one JSON object")
+    add("--confusion", type=options.path, metavar="FILE.png", help="draw the confusion matrix")
     args = options.finish(parser, argv)
     if models.is_pair(args.arch):
         args.arch = models.member_name(args.arch)
@@ -68,6 +69,10 @@ def main(args, world):
         **cost(network, images.size),
         "images_per_second": images.total / seconds,
     }
+    if args.confusion and world.is_main:
+        from tools.confusion import draw_confusion  # matplotlib takes a second
+
+        draw_confusion(matrix, images.classes, args.confusion)
     classes = by_class(matrix, images.classes)
     shown = [*table(classes), *lines(result)]
     utils.print_main(json.dumps(json_ready({**result, "classes": classes})) if args.json else "\n".join(shown))
