@@ -75,7 +75,8 @@ def main(args, world):
     checkpoint.load_into(backbone, args.net)
     data = imagesets.load(**options.data_settings(args), crop_size=SIZE, world=world)
     probe = LinearProbe(backbone, data.num_classes)
-    Trainer(probe, methods.Supervised(), **data.batches(), **options.trainer_settings(args), world=world).fit()
+    objective = methods.Supervised(**options.loss_settings(args, data))
+    Trainer(probe, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":
