@@ -17,7 +17,7 @@ def parse_args(argv=None):
     """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, arch="wrn_16_2_aux")
     methods.add_method(parser, argv)
-    options.add_few_ratio(parser, default=1.0)
+    options.add_few_ratio(parser, default=0.25)
     return methods.finish(parser, argv)
 
 
