@@ -48,7 +48,7 @@ def stl10(tmp_path, monkeypatch):
 
 
 def save(path, network):
-    """Write a network's weights after it has seen a batch, so that its BatchNorm statistics are not the initial ones."""
+    """Write a network's weights after it has seen a batch, so that its BatchNorm statistics are its own."""
     network.train()(torch.randn(4, 3, 32, 32))
     torch.save({"net": network.state_dict(), "acc": 0.0, "epoch": 1}, path)
     return path
@@ -107,7 +107,7 @@ def tiny_imagenet(tmp_path):
 
 
 def test_tiny_imagenet_from_the_archive_to_a_classifier(tmp_path, tiny_imagenet, capsys):
-    """One line names the preprocessing script; after it the command runs, and classes that differ in brightness part."""
+    """One line names the preprocessing script; after it, classes that differ in brightness are told apart."""
     path = save(tmp_path / "a.pth.tar", models.create("resnet8_aux", 100))
     data = ("--dataset", "TinyImageNet", "--data", f"{tiny_imagenet}/", "--s-path", path)
     command = ("--arch", "resnet8", *data, *QUICK, "--epochs", 8, "--checkpoint-dir", tmp_path)
