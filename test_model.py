@@ -11,7 +11,6 @@ import time
 import torch
 
 import imagesets
-import models
 import options
 import utils
 from training import launch
@@ -24,28 +23,27 @@ KINDS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (he
 
 def parse_args(argv=None):
     """Parse the command line."""
-    parser = options.base_parser(__file__, __doc__, arch="wrn_16_2_aux")
+    parser = options.base_parser(__file__, __doc__, arch=None)
     parser.set_defaults(amp="off")
     add = parser.add_argument
     add("--student-weights", type=options.path, required=True, help="weights to test")
     options.add_choice(add, "--student-weights")
     add("--json", action="store_true", help="print one JSON object")
     add("--confusion", type=options.path, metavar="FILE.png", help="draw the confusion matrix")
-    args = options.finish(parser, argv)
-    if models.is_pair(args.arch):
-        args.arch = models.member_name(args.arch)
-    return args
+    options.add_networks(parser)
+    return options.finish(parser, argv)
 
 
 def main(args, world):
     """Test the weights and print the results."""
-    checkpoint = utils.Checkpoint(args.student_weights, args.weights_key)
+    checkpoint = utils.Checkpoint(args.student_weights, args.weights_key, args.arch)
     num_classes, rotations = checkpoint.widths
-    network = models.create(args.arch, num_classes, rotations or 4)
+    args.arch = options.named(args.arch, checkpoint, args.net)
+    recorded = {**options.own_statistics(args.arch), **imagesets.recorded(checkpoint.info)}
+    images = imagesets.load_test(**{**recorded, **options.test_settings(args)}, world=world)
+    network = options.create(args, args.arch, num_classes, images.size, rotations or 4)
     checkpoint.load_into(network, args.net)
     network = network.to(world.device, memory_format=torch.channels_last).eval()
-    settings = {**imagesets.recorded(checkpoint.info), **options.test_settings(args)}
-    images = imagesets.load_test(**settings, world=world)
     if len(images.classes) != num_classes:
         classes = f"{num_classes} classes, but {args.dataset} has {len(images.classes)}"
         raise utils.UserError(f"{args.student_weights}: {classes}")

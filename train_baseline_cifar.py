@@ -32,7 +32,7 @@ def main(args, world):
     """Train the baseline."""
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
-    model = models.create(args.arch, data.num_classes)
+    model = options.create(args, args.arch, data.num_classes, data.size)
     args.digests = load_backbone(model, args.pretrained_backbone, data, args.weights_key)
     objective = methods.Supervised(**options.loss_settings(args, data))
     Trainer(model, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()

@@ -9,7 +9,6 @@ Published on CIFAR-100 (joint): WRN-40-2 80.70, ResNet-56 77.20, ResNet32x4 83.7
 
 import imagesets
 import methods
-import models
 import options
 import utils
 from training import Trainer, launch
@@ -31,7 +30,7 @@ def main(args, world):
     """Train the teacher."""
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
-    model = models.create(args.arch, data.num_classes, args.rotations)
+    model = options.create(args, args.arch, data.num_classes, data.size, args.rotations)
     args.digests = load_backbone(model, args.pretrained_backbone, data, args.weights_key, renew=not args.freezed)
     if args.freezed:
         model.freeze_backbone()

@@ -136,6 +136,12 @@ def read_file(path: str | os.PathLike) -> dict:
     return content
 
 
+def hub_content(arch: str) -> dict:
+    """Return a checkpoint's content for the library's own weights of a network; ValueError if they cannot be had."""
+    mean, std = models.normalisation(arch) or (None, None)
+    return {"state_dict": models.hub_weights(arch), "info": {"mean": mean, "std": std}}
+
+
 def check_start(path: str | os.PathLike, start: bytes) -> None:
     """Raise UserError unless a file that begins with `start` can be PyTorch's: a zip archive or, if old, a pickle."""
     if not start:
@@ -164,13 +170,13 @@ class Checkpoint:
     """A file of weights, read once and safely, in any published layout; asked for what it knows.
 
     `content` is the file's dict, `state` its plain state dict without wrappers' prefixes. `key` names the dict of
-    weights in a file that holds several (`--weights-key`).
+    weights in a file that holds several (`--weights-key`). The path `hub` stands for a library's own weights of `arch`.
     """
 
-    def __init__(self, path: str | os.PathLike, key: str | None = None):
+    def __init__(self, path: str | os.PathLike, key: str | None = None, arch: str | None = None):
         self.path = path
-        self.content = read_file(path)
         with self.errors_named():
+            self.content = hub_content(arch) if path == "hub" else read_file(path)
             found, self.ema = state_dicts.find(self.content, key)
             self.state, counters = state_dicts.clean(found)
         if self.ema:

@@ -16,7 +16,7 @@ from methods.base import Batch as Batch
 from methods.base import Constant, Objective
 from methods.base import Outputs as Outputs
 from methods.base import Predictions as Predictions
-from utils import Checkpoint, UserError
+from utils import Checkpoint, UserError, print_main
 
 
 def defined_in(module: ModuleType) -> type[Objective] | None:
@@ -140,7 +140,10 @@ def finish_online(parser: options.Parser, argv: list[str] | None = None) -> argp
     method = METHODS["hssakd"]
     options.add_start(parser)
     add_constants(parser, [method])
+    parser.add_argument("--arch2", type=options.architecture, help="second network of a pair of two different ones")
     args = options.finish(parser, argv)
+    if args.arch2:
+        args.arch = "+".join(models.backbone_name(name) for name in (args.arch, args.arch2))
     options.require_pair(parser, args)
     fill_constants(args, method)
     return args
@@ -160,19 +163,26 @@ def constants_of(args: argparse.Namespace, method: type[Objective]) -> dict[str,
     return {name: getattr(args, dest_of(name, constant)) for name, constant in method.constants().items()}
 
 
-def load_teacher(
-    method: type[Objective], arch: str, checkpoint: Checkpoint, num_classes: int, net: int | None = None
-) -> nn.Module:
-    """Return the teacher `arch` with a file's weights: with its heads if the method reads them, else its backbone.
+def load_teacher(args: argparse.Namespace, checkpoint: Checkpoint, num_classes: int, size: int) -> nn.Module:
+    """Return the teacher with a file's weights: with its heads if the method reads them, else its backbone.
 
     UserError if the weights do not fit, or are of another number of classes.
     """
+    method = find(args.method)
     if checkpoint.num_classes != num_classes:
         classes = f"a teacher of {checkpoint.num_classes} classes, but the data set has {num_classes}"
         raise UserError(f"{checkpoint.path}: {classes}")
     if method.reads == "heads" and checkpoint.rotations == 1:
         raise UserError(f"{checkpoint.path}: {method.name} needs a teacher whose heads tell 4 rotations apart, not 1")
-    name = arch if method.reads == "heads" else models.backbone_name(arch)
-    teacher = models.create(name, num_classes, checkpoint.rotations or 4)
-    checkpoint.load_into(teacher, net)
+    name = args.tarch if method.reads == "heads" else models.backbone_name(args.tarch)
+    teacher = options.create(args, name, num_classes, size, checkpoint.rotations or 4)
+    checkpoint.load_into(teacher, args.net)
     return teacher
+
+
+def print_pairs(student: nn.Module, teacher: nn.Module) -> None:
+    """Print how heads are paired if two networks have different numbers of them."""
+    counts = [network.auxiliary_classifier.num_branches for network in (student, teacher)]
+    if counts[0] != counts[1]:
+        heads = f"{counts[0]} auxiliary heads of the student, {counts[1]} of the teacher"
+        print_main(f"{heads}: the {min(counts)} deepest are paired")

@@ -1,5 +1,6 @@
 """What every method is made of: its constants, what it reads of the networks, and the base class `Objective`."""
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import models
 import options
 from losses import cross_entropy, rotate
+from models.adapted import Adapted
 from utils import unwrap
 
 
@@ -272,6 +274,6 @@ class Objective:
 def with_features(model: nn.Module, images: Tensor) -> Outputs:
     """Return a network's class logits, its stages' features, shallow to deep, and its embedding; see `Outputs`."""
     model = unwrap(model)
-    backbone = getattr(model, "backbone", model)
-    features, embedding = backbone.features(images)
-    return Outputs(backbone.head(embedding), features=features, embedding=embedding)
+    stages = model.stages if isinstance(model, Adapted) else functools.partial(models.stage_features, model)
+    features, embedding, logits = stages(images)
+    return Outputs(logits, features=features, embedding=embedding)

@@ -1,10 +1,11 @@
 """A trained network for images that are normalised otherwise, or for its classes in another order."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from models.auxiliary import stage_features
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of each channel
 
@@ -46,10 +47,7 @@ class Adapted(nn.Module):
         logits, aux_logits = outputs
         return self.reordered(logits), [self.reordered(aux) for aux in aux_logits]
 
-    def features(self, images: Tensor) -> Any:
-        """Return the features and the embedding of the network's backbone; see `Backbone`."""
-        return getattr(self.network, "backbone", self.network).features(self.normalised(images))
-
-    def head(self, embedding: Tensor) -> Tensor:
-        """Return the class logits (B, N) of an embedding (B, D)."""
-        return self.reordered(getattr(self.network, "backbone", self.network).head(embedding))
+    def stages(self, images: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return the network's stages, embedding and logits; see `stage_features`."""
+        features, embedding, logits = stage_features(self.network, self.normalised(images))
+        return features, embedding, self.reordered(logits)

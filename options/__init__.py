@@ -9,6 +9,7 @@ from typing import Any
 
 import models
 from options.data import add_augmentation, add_data, add_statistics, check_data, recorded_keep, test_settings
+from options.networks import add_networks, create, named, own_statistics
 from options.parser import (
     Parser,
     above_zero,
@@ -28,19 +29,24 @@ from options.parser import (
 )
 
 __all__ = ["Parser", "above_zero", "architecture", "below_one", "given", "natural", "not_negative", "path", "positive"]
-__all__ += ["add_statistics", "share", "shown", "test_settings"]
+__all__ += ["add_networks", "add_statistics", "create", "named", "own_statistics", "share", "shown", "test_settings"]
 
 # As published: the light networks start at 0.01, all others at 0.05.
 LIGHT_NETWORKS = ("mobilenet", "mbv2", "shuffle")
 
 
-def base_parser(script: str, description: str, arch: str, dataset_name: str = "cifar100") -> Parser:
+def base_parser(script: str, description: str, arch: str | None, dataset_name: str = "cifar100") -> Parser:
     """Return a parser with the flags that every script reads: data, network, device. `script` is its file."""
     parser = Parser(description, prog=Path(script).name)
     parser.set_defaults(script=Path(script).stem)
     add_data(parser, dataset_name)
     add = parser.add_argument_group("network and device").add_argument
-    add("--arch", type=architecture, default=arch, help="network, such as wrn_16_2_aux (default: %(default)s)")
+    add(
+        "--arch",
+        type=architecture,
+        default=arch,
+        help=f"network, such as wrn_16_2_aux (default: {arch or 'that of the file'})",
+    )
     add("--gpu-id", type=gpu_ids, help="GPU to use, or several: 0,1,2,3")
     precisions = ["auto", "off", "bf16", "fp16"]
     add("--amp", choices=precisions, default="auto", help="precision; auto: 16 bits on hardware that has them")
@@ -58,6 +64,7 @@ def training_parser(
     """Return the parser of a training script: the base flags, the recipe, run folder and processes."""
     parser = base_parser(script, description, arch, dataset_name)
     parser.recipe = {"weight_decay": 5e-4, "nesterov": True}
+    add_networks(parser)
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=positive, default=epochs, help="passes over the training images (default: %(default)s)")
     add("--manual_seed", type=seed, default=0, help="seed of weights, data order and augmentation (default: 0)")
@@ -222,7 +229,8 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     more = {"seed": args.manual_seed, "val_split": args.val_split, "few_ratio": getattr(args, "few_ratio", None)}
     more |= {"augment": getattr(args, "augment", None), "flip": False if getattr(args, "no_flip", False) else None}
     more |= {"views": getattr(args, "views", None), "views_seed": getattr(args, "views_seed", 0)}
-    return {"keep": keep, **test_settings(args), **more}
+    own = own_statistics(args.arch) if args.dataset in ("imagefolder", "imagenet") else {}
+    return {"keep": keep, **own, **test_settings(args), **more}
 
 
 def loss_settings(args: argparse.Namespace, data: Any) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import imagesets
+import models
+import options
 from methods import Objective
 from methods.base import split_outputs
 from models.adapted import Adapted, Statistics
@@ -39,12 +41,14 @@ def suit_teacher(
 ) -> nn.Module:
     """Return a teacher of a file for the images of `data`: wrapped if it was trained on other ones.
 
-    Its own statistics are `mean` and `std`, or else those that the file records, or else those of `data`.
+    Its own statistics are `mean` and `std`, or else those that the file records, those that a library's network was
+    made for, or those of `data`.
     """
     imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
     known = imagesets.recorded(checkpoint.info)
     given = statistics_of(data.info)
-    own = statistics_of({"mean": mean, "std": std}, statistics_of(known, given))
+    made_for = statistics_of(options.own_statistics(teacher.arch), given)
+    own = statistics_of({"mean": mean, "std": std}, statistics_of(known, made_for))
     order = class_order(known.get("class_names"), data.classes)
     if own != given:
         print_main(f"the teacher's images are normalised by its own {shown(own)}, not {shown(given)}")
@@ -73,7 +77,7 @@ def load_backbone(
     """
     if not path:
         return {}
-    checkpoint = Checkpoint(path, key)
+    checkpoint = Checkpoint(path, key, models.backbone_name(getattr(model, "arch", "resnet20")))
     renewed = checkpoint.num_classes != data.num_classes
     known = imagesets.recorded(checkpoint.info)
     order = class_order(known.get("class_names"), data.classes)

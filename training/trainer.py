@@ -94,10 +94,12 @@ class Trainer:
         if saved:
             state.resume(self, saved)
         distributed.check_same({"epoch": self.epoch, "step": self.step_in_epoch}, self.world)  # one folder for all
+        self.cache = teacher_cache.find(self) if self.teacher_cache and not self.evaluate else None
         opening = start.opening(self, test=not (saved or self.evaluate))
         if self.run and not self.evaluate and self.world.is_main:
             self.run.write_settings(self.epoch, opening)
-        self.cache = teacher_cache.prepare(self) if self.teacher_cache and not self.evaluate else None
+        if self.cache:
+            teacher_cache.prepare(self.cache, self)
 
     def build(self) -> None:
         """Move the networks to the device, and build what trains them."""
@@ -249,7 +251,7 @@ class Trainer:
     def check_finite(self, epoch: int) -> None:
         """Raise UserError if training has diverged, before anything of that is saved."""
         if not is_finite(self.model, self.totals):
-            raise UserError(f"training diverged in epoch {epoch + 1}, not finite: --resume --override init_lr=...")
+            raise UserError(f"training diverged in epoch {epoch + 1}: lower --init-lr, or --resume --override init_lr=RATE")
 
     def test_epoch(self, epoch: int) -> dict[str, Any]:
         """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals."""
