@@ -162,7 +162,7 @@ class TrainBatches(Epochs):
 
     def read_views(self, blocks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield (images (B, 3, S, S) float32, index (B,), view (B,)) of blocks of (index, view)."""
-        for images, _, index, view in self.reader.read([self.items(*block) for block in blocks]):
+        for images, _, index, view in self.reader.read(self.items(*block) for block in blocks):
             yield images, index, view
 
 

@@ -24,6 +24,9 @@ class RandAugmented:
         self.inner, self.size, self.cutout = inner, inner.size, cutout
         self.moves = moves(inner.size)
 
+    def __repr__(self):
+        return f"RandAugmented({self.inner}, {self.cutout})"
+
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Return the inner draws with columns of operations, of signs (0 or 1), and of the Cutout's centre."""
         columns = [self.inner.draw(count, generator)]
