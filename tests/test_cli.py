@@ -122,9 +122,9 @@ def test_test_model(file, arch, flags, weights, monkeypatch, capsys):
 
 def test_test_model_prints_lines_for_a_reader(weights, tmp_path, capsys):
     """In JSON a number that is not finite is null."""
-    content = torch.load(weights / "aux.pth", weights_only=True)
+    content = torch.load(weights / "backbone.pth", weights_only=True)
     torch.save({**content, "acc": math.nan}, tmp_path / "a.pth")
-    argv = [*QUICK, "--arch", "resnet8_aux", "--student-weights", tmp_path / "a.pth"]
+    argv = [*QUICK, "--arch", "resnet8", "--student-weights", tmp_path / "a.pth"]
     run("test_model", *argv)
     assert re.search(r"(?m)^top1: [\d.]+$", capsys.readouterr().out)
     run("test_model", *argv, "--json")
@@ -281,8 +281,8 @@ def test_wrong_files(weights, tmp_path, capsys):
 @pytest.mark.parametrize("differs", [{"class_names": list("abcdefghij")}, {"size": 48}, {}])
 def test_weights_of_other_classes_or_sizes_are_warned_of(differs, weights, tmp_path, capsys):
     info = {"dataset": "digits", "class_names": list("0123456789"), "size": 32, **differs}
-    torch.save({**torch.load(weights / "aux.pth", weights_only=True), "info": info}, tmp_path / "w.pth")
-    run("test_model", *QUICK, "--arch", "resnet8_aux", "--student-weights", tmp_path / "w.pth")
-    argv = [*QUICK_RUN, *student(weights), "--tcheckpoint", tmp_path / "w.pth", "--checkpoint-dir", tmp_path]
-    run("train_student_cifar", *argv)
+    torch.save({**torch.load(weights / "backbone.pth", weights_only=True), "info": info}, tmp_path / "w.pth")
+    run("test_model", *QUICK, "--arch", "resnet8", "--student-weights", tmp_path / "w.pth")
+    argv = [*QUICK_RUN, "--arch", "resnet8", "--tarch", "resnet8", "--method", "kd", "--checkpoint-dir", tmp_path]
+    run("train_student_cifar", *argv, "--tcheckpoint", tmp_path / "w.pth")
     assert capsys.readouterr().err.count("w.pth: trained on") == 2 * len(differs)

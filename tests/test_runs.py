@@ -32,23 +32,30 @@ STUDENT_RUN = "train_student_cifar_tarch_resnet8_aux_arch_resnet8_aux_dataset_di
 BASELINE_RUN = "train_baseline_cifar_arch_resnet8_dataset_digits_seed0"
 # Warm-up and a milestone, so that the rate differs at every step and epoch.
 SCHEDULE = ("--epochs", "3", "--milestones", "1", "--warmup-epoch", "1")
-TEACHER = (*QUICK, *SCHEDULE, "--arch", "resnet8_aux", "--limit-batches", "6")
-BASELINE = (*QUICK, *SCHEDULE, "--arch", "resnet8")
+BASELINE = (*QUICK, *SCHEDULE, "--arch", "resnet8", "--limit-batches", "6")
 
 
 @pytest.fixture(scope="module")
-def whole_teacher(tmp_path_factory):
-    """Return the folder of a teacher's run that was not interrupted."""
+def whole(tmp_path_factory):
+    """Return the folder of a baseline's run that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    run("train_teacher_cifar", *TEACHER, "--checkpoint-dir", folder)
-    return folder / TEACHER_RUN
+    run("train_baseline_cifar", *BASELINE, "--checkpoint-dir", folder)
+    return folder / BASELINE_RUN
 
 
 @pytest.fixture
-def copy(whole_teacher, tmp_path):
+def copy(whole, tmp_path):
     """Return a copy of that folder, and the command line that continues it."""
-    shutil.copytree(whole_teacher, tmp_path / TEACHER_RUN)
-    return tmp_path / TEACHER_RUN, [*TEACHER, "--checkpoint-dir", tmp_path, "--resume"]
+    shutil.copytree(whole, tmp_path / BASELINE_RUN)
+    return tmp_path / BASELINE_RUN, [*BASELINE, "--checkpoint-dir", tmp_path, "--resume"]
+
+
+@pytest.fixture(scope="module")
+def teacher_run(tmp_path_factory):
+    """Return the folder of a teacher's run of an epoch."""
+    folder = tmp_path_factory.mktemp("teacher")
+    run("train_teacher_cifar", *QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", folder)
+    return folder / TEACHER_RUN
 
 
 def checkpoint(folder, best=False):
@@ -97,7 +104,7 @@ def stopped(script, *argv, after, by, times=1):
         return status(script, *argv)
 
 
-def refused(capsys, *argv, script="train_teacher_cifar"):
+def refused(capsys, *argv, script="train_baseline_cifar"):
     """Return the one line that a script ends in, with status 2."""
     capsys.readouterr()
     assert status(script, *argv) == 2
@@ -105,31 +112,31 @@ def refused(capsys, *argv, script="train_teacher_cifar"):
     return line
 
 
-def test_signals_save_and_the_run_resumes_bit_exactly(whole_teacher, tmp_path):
-    argv, folder = [*TEACHER, "--checkpoint-dir", tmp_path], tmp_path / TEACHER_RUN
+def test_signals_save_and_the_run_resumes_bit_exactly(whole, tmp_path):
+    argv, folder = [*BASELINE, "--checkpoint-dir", tmp_path], tmp_path / BASELINE_RUN
     signals = [(signal.SIGTERM, 3, 143, 0), (signal.SIGUSR1, 5, 143, 1), (signal.SIGHUP, 3, 143, 1)]
     for number, after, expected, epoch in [*signals, (signal.SIGINT, 1, 130, 1)]:
-        assert stopped("train_teacher_cifar", *argv, after=after, by=number) == expected
+        assert stopped("train_baseline_cifar", *argv, after=after, by=number) == expected
         assert checkpoint(folder)["order"]["epoch"] == epoch
-        argv = [*TEACHER, "--checkpoint-dir", tmp_path, "--resume"]
+        argv = [*BASELINE, "--checkpoint-dir", tmp_path, "--resume"]
     assert checkpoint(folder)["order"]["step"] == 6  # between the last step of an epoch and its test
-    run("train_teacher_cifar", *argv)
-    assert_same_run(folder, whole_teacher)
+    run("train_baseline_cifar", *argv)
+    assert_same_run(folder, whole)
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):
-    argv = [*TEACHER, "--checkpoint-dir", tmp_path]
-    assert stopped("train_teacher_cifar", *argv, after=2, by=signal.SIGINT, times=2) == 130
-    assert not list((tmp_path / TEACHER_RUN).glob("*.pth.tar"))
+    argv = [*BASELINE, "--checkpoint-dir", tmp_path]
+    assert stopped("train_baseline_cifar", *argv, after=2, by=signal.SIGINT, times=2) == 130
+    assert not list((tmp_path / BASELINE_RUN).glob("*.pth.tar"))
 
 
-def test_saves_inside_an_epoch_are_resumed(whole_teacher, tmp_path):
-    argv = [*TEACHER, "--checkpoint-dir", tmp_path, "--save-minutes", 1e-9]
+def test_saves_inside_an_epoch_are_resumed(whole, tmp_path):
+    argv = [*BASELINE, "--checkpoint-dir", tmp_path, "--save-minutes", 1e-9]
     with pytest.raises(ZeroDivisionError):
-        stopped("train_teacher_cifar", *argv, after=9, by=ZeroDivisionError())
-    assert checkpoint(tmp_path / TEACHER_RUN)["order"] == {"seed": 0, "epoch": 1, "step": 2}
-    run("train_teacher_cifar", *argv, "--resume")
-    assert_same_run(tmp_path / TEACHER_RUN, whole_teacher)
+        stopped("train_baseline_cifar", *argv, after=9, by=ZeroDivisionError())
+    assert checkpoint(tmp_path / BASELINE_RUN)["order"] == {"seed": 0, "epoch": 1, "step": 2}
+    run("train_baseline_cifar", *argv, "--resume")
+    assert_same_run(tmp_path / BASELINE_RUN, whole)
 
 
 @pytest.mark.slow
@@ -194,10 +201,11 @@ def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
     assert process.returncode == 0 and len(log_lines(tmp_path / BASELINE_RUN)) == 3
 
 
+@pytest.mark.slow
 def test_dpcd_resumes_with_its_running_state(tmp_path):
     teacher = save_teacher(tmp_path / "t.pth")
-    argv = [*TEACHER, "--tarch", "resnet8_aux", "--tcheckpoint", teacher, "--method", "dpcd", "--history", "5"]
-    argv.append("--checkpoint-dir")
+    argv = [*BASELINE, "--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", teacher]
+    argv += ["--method", "dpcd", "--history", "5", "--checkpoint-dir"]
     run("train_student_cifar", *argv, tmp_path / "whole")
     assert stopped("train_student_cifar", *argv, tmp_path, after=8, by=signal.SIGTERM) == 143
     assert checkpoint(tmp_path / STUDENT_RUN)["objective"]["count"] == 32
@@ -215,16 +223,16 @@ def test_adamw_and_cosine_resume(tmp_path, capsys):
     assert_same_run(tmp_path / BASELINE_RUN, tmp_path / "whole" / BASELINE_RUN)
     rates = [1e-3 * (1 + math.cos(math.pi * share)) / 2 for share in (0.25, 0.75)]
     assert [line["lr"] for line in log_lines(tmp_path / BASELINE_RUN)] == pytest.approx(rates)
-    refused(capsys, *argv, tmp_path, "--resume", "--epochs", 3, script="train_baseline_cifar")
+    refused(capsys, *argv, tmp_path, "--resume", "--epochs", 3)
 
 
 def test_a_run_resumes_with_its_own_teacher_only(tmp_path, capsys):
     """The teacher's file may move, but other weights are another run."""
-    own, other = (save_teacher(tmp_path / name) for name in ("own.pth", "other.pth"))
+    own, other = (save_teacher(tmp_path / name, "resnet8") for name in ("own.pth", "other.pth"))
     content = torch.load(other)
-    content["net"]["backbone.conv1.weight"] += 1
+    content["net"]["conv1.weight"] += 1
     torch.save(content, other)
-    argv = ["--arch", "resnet8_aux", "--tarch", "resnet8_aux", *QUICK, "--checkpoint-dir", tmp_path / "runs"]
+    argv = [*QUICK, "--arch", "resnet8", "--tarch", "resnet8", "--method", "kd", "--checkpoint-dir", tmp_path / "runs"]
     run("train_student_cifar", *argv, "--epochs", 1, "--tcheckpoint", own)
     argv += ["--epochs", 2, "--resume", "--tcheckpoint"]
     assert "a teacher of other weights" in refused(capsys, *argv, other, script="train_student_cifar")
@@ -233,17 +241,17 @@ def test_a_run_resumes_with_its_own_teacher_only(tmp_path, capsys):
 
 def test_a_lost_log_is_reported(copy, capsys):
     folder, argv = copy
-    run("train_teacher_cifar", *argv)
+    run("train_baseline_cifar", *argv)
     assert "warning" not in capsys.readouterr().err
     (folder / "log.jsonl").unlink()
-    run("train_teacher_cifar", *argv)
+    run("train_baseline_cifar", *argv)
     assert "3 of the 3 epochs" in capsys.readouterr().err
 
 
-def test_a_finished_run_stays_as_it_is(copy, capsys, whole_teacher):
+def test_a_finished_run_stays_as_it_is(copy, capsys, whole):
     folder, argv = copy
-    run("train_teacher_cifar", *argv)
-    assert_same_run(folder, whole_teacher)
+    run("train_baseline_cifar", *argv)
+    assert_same_run(folder, whole)
     assert "best: top-1" in capsys.readouterr().out
     assert "is in epoch 3 already" in refused(capsys, *argv, "--epochs", 2)
 
@@ -259,71 +267,71 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(copy, capsys):
     refused(capsys, *argv)
     (folder / "moved").rename(folder / "args.json")
     assert content_of(folder) == before
-    run("train_teacher_cifar", *argv[:-1], "--tag", "other")
+    run("train_baseline_cifar", *argv[:-1], "--tag", "other")
     assert content_of(folder) == before
 
 
 def test_what_changes_by_rounding_alone_may_differ(copy, capsys):
     folder, argv = copy
-    run("train_teacher_cifar", *argv, "--accumulate", 2, "--amp", "bf16")
+    run("train_baseline_cifar", *argv, "--accumulate", 2, "--amp", "bf16")
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--resume")]
     assert told == ["--resume: accumulate 1 -> 2", "--resume: amp off -> bf16"]
     settings = json.loads((folder / "args.json").read_text())
     assert settings["accumulate"] == 2
-    again = RunFolder(folder, "resnet8_aux", {**settings, "compile": True})
+    again = RunFolder(folder, "resnet8", {**settings, "compile": True})
     again.claim(resume=True)
     again.close()
 
 
 def test_a_folder_in_use_or_not_writable(tmp_path, capsys):
-    folder = tmp_path / TEACHER_RUN
+    folder = tmp_path / BASELINE_RUN
     folder.mkdir()
     with filelock.FileLock(folder / ".lock"):
-        assert "another process" in refused(capsys, *TEACHER, "--checkpoint-dir", tmp_path)
+        assert "another process" in refused(capsys, *BASELINE, "--checkpoint-dir", tmp_path)
     assert [path.name for path in folder.iterdir()] == [".lock"]
-    refused(capsys, *TEACHER, "--checkpoint-dir", folder / ".lock")
+    refused(capsys, *BASELINE, "--checkpoint-dir", folder / ".lock")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
 def test_a_file_system_without_locks(error, tmp_path, capsys):
     with mock.patch.object(filelock.FileLock, "acquire", side_effect=error):
-        run("train_teacher_cifar", *QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path)
-    assert "no locks" in capsys.readouterr().err and len(log_lines(tmp_path / TEACHER_RUN)) == 1
+        run("train_baseline_cifar", *QUICK_RUN, "--arch", "resnet8", "--checkpoint-dir", tmp_path)
+    assert "no locks" in capsys.readouterr().err and len(log_lines(tmp_path / BASELINE_RUN)) == 1
 
 
 def test_checkpoints_that_cannot_be_resumed(copy, capsys):
     """Cut off, other people's, with momentum of another shape."""
     folder, argv = copy
-    last, content = folder / "resnet8_aux.pth.tar", checkpoint(folder)
+    last, content = folder / "resnet8.pth.tar", checkpoint(folder)
     content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(1)
     torch.save(content, last)
     assert "no checkpoint of this run" in refused(capsys, *argv)
-    save_teacher(last)
+    save_teacher(last, "resnet8")
     refused(capsys, *argv)
     last.write_bytes(last.read_bytes()[:1000])
     refused(capsys, *argv)
 
 
-def test_a_missing_last_checkpoint_does_not_start_over(copy, capsys, whole_teacher):
+def test_a_missing_last_checkpoint_does_not_start_over(copy, capsys, whole):
     """The best epoch's checkpoint can take its place."""
     folder, argv = copy
-    last, best = folder / "resnet8_aux.pth.tar", folder / "resnet8_aux_best.pth.tar"
+    last, best = folder / "resnet8.pth.tar", folder / "resnet8_best.pth.tar"
     last.unlink()
     before = content_of(folder)
-    assert "copy resnet8_aux_best.pth.tar over it" in refused(capsys, *argv)
+    assert "copy resnet8_best.pth.tar over it" in refused(capsys, *argv)
     assert content_of(folder) == before
     shutil.copy(best, last)
-    run("train_teacher_cifar", *argv)
-    assert_same_run(folder, whole_teacher)
+    run("train_baseline_cifar", *argv)
+    assert_same_run(folder, whole)
 
 
 def test_diverged_training_ends_and_keeps_what_was_good(tmp_path, capsys):
-    argv = [*QUICK, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path, "--epochs"]
-    run("train_teacher_cifar", *argv, 1)
-    before = content_of(tmp_path / TEACHER_RUN)
+    argv = [*QUICK, "--arch", "resnet8", "--checkpoint-dir", tmp_path, "--epochs"]
+    run("train_baseline_cifar", *argv, 1)
+    before = content_of(tmp_path / BASELINE_RUN)
     with mock.patch.object(trainer, "rate_factor", return_value=1e30):
         assert "diverged in epoch 2" in refused(capsys, *argv, 2, "--resume")
-    after = content_of(tmp_path / TEACHER_RUN)
+    after = content_of(tmp_path / BASELINE_RUN)
     assert all(after[name] == before[name] for name in before if name != "args.json")
 
 
@@ -333,11 +341,11 @@ def test_other_training_images_are_another_run(tmp_path, capsys):
         for split, number in itertools.product(("train", "val"), range(count)):
             (tmp_path / name / split / "a").mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (40 * number, 9, 9)).save(tmp_path / name / split / "a" / f"{number}.png")
-    argv = ["--arch", "resnet8_aux", "--dataset", "imagefolder", "--batch-size", 2, "--checkpoint-dir", tmp_path]
-    run("train_teacher_cifar", *argv, "--data", tmp_path / "here", "--epochs", 1)
+    argv = ["--arch", "resnet8", "--dataset", "imagefolder", "--batch-size", 2, "--checkpoint-dir", tmp_path]
+    run("train_baseline_cifar", *argv, "--data", tmp_path / "here", "--epochs", 1)
     argv += ["--epochs", 2, "--resume", "--data"]
     assert "other training images" in refused(capsys, *argv, tmp_path / "more")
-    run("train_teacher_cifar", *argv, tmp_path / "moved")
+    run("train_baseline_cifar", *argv, tmp_path / "moved")
 
 
 def scripted_accuracies(monkeypatch, values):
@@ -372,46 +380,45 @@ def test_evaluate_tests_the_best_weights_and_writes_nothing(copy, capsys, tmp_pa
     """In the precision that they were trained in."""
     folder, argv = copy
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    run("train_teacher_cifar", *argv[:-1], "--evaluate", "--amp", "auto")
+    run("train_baseline_cifar", *argv[:-1], "--evaluate", "--amp", "auto")
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith(f"{folder}/resnet8_aux_best.pth.tar, float32: ") and "aux3_joint" in line
+    assert line.startswith(f"{folder}/resnet8_best.pth.tar, float32: ")
     assert f" top1 {checkpoint(folder, best=True)['acc']:.2f}," in line
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     refused(capsys, *argv[:-1], "--tag", "none", "--evaluate")
-    assert [path.name for path in tmp_path.iterdir()] == [TEACHER_RUN]
+    assert [path.name for path in tmp_path.iterdir()] == [BASELINE_RUN]
 
 
-def test_log_holds_every_term_and_every_heads_accuracy(whole_teacher):
+def test_log_holds_every_term_and_every_heads_accuracy(teacher_run, whole):
     """The rate is that of an epoch's last step, with which the warm-up ends."""
-    first, *_, last = log_lines(whole_teacher)
-    heads = [f"aux{n}_{kind}" for n in (1, 2, 3) for kind in ("joint", "class")]
+    (record,) = log_lines(teacher_run)
     names = ["train/loss", "train/task", "train/aux", "train/top1", "test/top1", "test/top5", "test/loss"]
-    assert {*names, *(f"train/{name}" for name in heads)} <= first.keys()
-    assert {f"test/{name}" for name in heads} <= last.keys()
-    assert first["train/loss"] == pytest.approx(first["train/task"] + first["train/aux"])
-    assert [line["epoch"] for line in log_lines(whole_teacher)] == [1, 2, 3]
-    assert [line["lr"] for line in log_lines(whole_teacher)] == pytest.approx([0.05, 0.05, 0.005])
+    heads = itertools.product(("train", "test"), (1, 2, 3), ("joint", "class"))
+    assert {*names, *(f"{part}/aux{number}_{kind}" for part, number, kind in heads)} <= record.keys()
+    assert record["train/loss"] == pytest.approx(record["train/task"] + record["train/aux"])
+    assert [line["epoch"] for line in log_lines(whole)] == [1, 2, 3]
+    assert [line["lr"] for line in log_lines(whole)] == pytest.approx([0.05, 0.05, 0.005])
 
 
-def test_a_checkpoint_is_self_describing_and_loads_safely(whole_teacher):
+def test_a_checkpoint_is_self_describing_and_loads_safely(teacher_run):
     for best in (True, False):
-        content = checkpoint(whole_teacher, best)
+        content = checkpoint(teacher_run, best)
         assert {"optimizer", "versions", "rng", "order", "objective"} <= content.keys()
         told = [content[key] for key in ("arch", "num_classes", "rotations", "dataset", "method", "best_by")]
         assert told == ["resnet8_aux", 10, 4, "digits", "teacher", "joint"]
         assert content["info"]["class_names"] == list("0123456789") and content["info"]["size"] == 32
         assert len(content["info"]["mean"]) == len(content["info"]["std"]) == 3
-        assert content["acc"] == log_lines(whole_teacher)[content["epoch"] - 1]["test/top1"]
-        assert content["args"].items() <= json.loads((whole_teacher / "args.json").read_text()).items()
+        assert content["acc"] == log_lines(teacher_run)[content["epoch"] - 1]["test/top1"]
+        assert content["args"].items() <= json.loads((teacher_run / "args.json").read_text()).items()
         assert (content["args"]["init_lr"], content["args"]["script"]) == (0.05, "train_teacher_cifar")
         assert content["net"].keys() == models.create("resnet8_aux", 10).state_dict().keys()
-    assert list(whole_teacher.glob("events.out.tfevents*")) and not list(whole_teacher.glob("*.tmp"))
+    assert list(teacher_run.glob("events.out.tfevents*")) and not list(teacher_run.glob("*.tmp"))
 
 
 def test_a_frozen_backbone_stays_as_it_is(tmp_path):
     """Bit-exactly; the digest of its file is recorded."""
     weights = save_teacher(tmp_path / "backbone.pth", "resnet8")
-    argv = [*QUICK, "--epochs", "2", "--milestones", "1", "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    argv = [*QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
     run("train_teacher_cifar", *argv, "--freezed", "--pretrained-backbone", weights)
     state, start = checkpoint(tmp_path / TEACHER_RUN)["net"], torch.load(weights, weights_only=True)["net"]
     assert all(torch.equal(state[f"backbone.{key}"], value) for key, value in start.items())
@@ -440,9 +447,9 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 )
 def test_a_full_disk_is_one_line(where, tmp_path, capsys):
     """At a checkpoint, at TensorBoard's file, and in its thread, which hands its error on; the run can be resumed."""
-    argv = [*QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    argv = [*QUICK_RUN, "--arch", "resnet8", "--checkpoint-dir", tmp_path]
     with mock.patch(where, side_effect=FULL):
-        assert status("train_teacher_cifar", *argv) == 2
+        assert status("train_baseline_cifar", *argv) == 2
     error = capsys.readouterr().err
     assert "No space left on device" in error and "Traceback" not in error
-    run("train_teacher_cifar", *argv, "--resume")
+    run("train_baseline_cifar", *argv, "--resume")
