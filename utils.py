@@ -256,12 +256,12 @@ class Checkpoint:
             raise UserError(f"{self.path}: --net 2: these weights are not a mutual pair's")
         model = unwrap(model)
         with self.errors_named():
-            own = model.state_dict()
-            part = state_dicts.part_of(self.state, own, net or self.best_net or 1)
+            own, net = model.state_dict(), net or self.best_net or 1
+            part = state_dicts.part_of(self.state, own, net)
             state_dicts.load(model, state_dicts.keep_classifier(part, own, self.num_classes) if renew else part)
         model.source = {"path": str(self.path), "acc": self.recorded.get("recorded_acc"), "own": bool(self.info)}
         with contextlib.suppress(ValueError, AttributeError, TypeError):  # a name that is not known here
-            theirs, ours = models.backbone_name(self.arch), models.backbone_name(model.arch)
+            theirs, ours = (models.backbone_name(arch, net) for arch in (self.arch, model.arch))
             if theirs != ours:  # mobilenetV2's weights fit mobilenetV2_s2
                 raise UserError(f"{self.path}: weights of {theirs}, not of {ours}")
 
