@@ -101,12 +101,23 @@ def spawn(function, *arguments):
     mp.spawn(joined, (function, free_port(), *arguments), nprocs=2)
 
 
+def gloo_threads():
+    """Return how many of this process's threads are the process group's."""
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+
 def joined(rank, function, port, *arguments):
-    """Join the group as rank `rank` of two and run `function`."""
+    """Join the group as rank `rank` of two, run `function`, and leave.
+
+    A thread of the group that outlived the interpreter would abort the process now and then, after all is saved.
+    """
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     function(distributed.setup(), *arguments)
+    readable = sys.platform == "linux" and torch.__version__ >= (2, 7)
+    assert not readable or gloo_threads() > 0
     distributed.leave()
+    assert not dist.is_initialized() and (not readable or gloo_threads() == 0)
 
 
 class Small(nn.Module):
@@ -192,14 +203,13 @@ DIFFERENT = [
 
 def rank_with_other_words(world, folder):
     """Run a script in which the second process has other words; each pair of runs must be refused by both."""
-    torch.set_num_threads(1)
     for (script, *words), other in DIFFERENT:
         common = ["--dataset", "digits", *words, "--checkpoint-dir", f"{folder}/checkpoints", "--amp", "off"]
         given = [word.format(folder) for word in (*common, *(other if world.rank else ()))]
         with pytest.raises(UserError, match="rank 1"):
             importlib.import_module(script).main(parsed(script, *given), world)
-    torch.__version__ += ".other" * world.rank
-    with pytest.raises(UserError, match="torch"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="torch"):
+        patch.setattr(torch, "__version__", f"2.{world.rank}")
         importlib.import_module(BASELINE[0]).main(parsed(*BASELINE, "--dataset", "digits"), world)
     assert not Path(folder, "checkpoints").exists()
 
@@ -220,11 +230,13 @@ def test_processes_that_would_not_train_alike_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Return the checkpoint folder of a run of two processes, started by the published flags."""
-    folder = tmp_path_factory.mktemp("published")
-    process = start(published(baseline(folder)))
-    assert process.communicate(timeout=150)[1] and process.returncode == 0
-    return folder
+    """Return the checkpoint folder of a run of two processes, started by the published flags of two machines."""
+    port, folders = free_port(), [tmp_path_factory.mktemp("runs") / name for name in ("first", "second")]
+    launchers = [start(published(baseline(folders[rank]), port, "0", 2, rank)) for rank in (0, 1)]
+    told = [launcher.communicate(timeout=150)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], told
+    assert not folders[1].exists()  # the first process writes, alone
+    return folders[0]
 
 
 @pytest.mark.slow
@@ -238,16 +250,6 @@ def test_metrics_equal_a_hand_count(finished):
     lines = epochs_logged(finished)
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert lines[-1]["test/top1"] == pytest.approx(100 * hits / test.total, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_two_machines_give_the_same_weights_and_the_first_one_writes(finished, tmp_path):
-    """Two launchers that meet at an address, here both on this machine, are the two processes of one launcher."""
-    port, folders = free_port(), (tmp_path / "first", tmp_path / "second")
-    launchers = [start(published(baseline(folders[rank]), port, "0", 2, rank)) for rank in (0, 1)]
-    told = [launcher.communicate(timeout=150)[1] for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0, 0], told
-    assert equal_weights(folders[0], finished) and not folders[1].exists()
 
 
 @pytest.mark.slow
@@ -293,33 +295,24 @@ def test_a_run_stopped_again_and_again_resumes_bit_exactly(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    """The terminal sends it to the launcher, which waits half a minute after the first for the run to save."""
-    running = start(published(baseline(tmp_path, "--epochs", "90", "--milestones", "80")))
-    wait_for(running, "epoch 1/90")
-    stuck = ranks_of(running)[1]
-    os.kill(stuck, signal.SIGSTOP)
-    running.send_signal(signal.SIGINT)
-    time.sleep(1)
-    running.send_signal(signal.SIGINT)
-    os.kill(stuck, signal.SIGCONT)
-    told = running.communicate(timeout=20)[1]
-    assert running.returncode == 130 and told.count("interrupted") == 1
-
-
-@pytest.mark.slow
-def test_a_stuck_process_ends_the_run_in_one_line(tmp_path):
-    command = baseline(tmp_path, "--epochs", "90", "--milestones", "80", "--dist-timeout", "0.05")
+@pytest.mark.parametrize(("interrupt", "status", "said"), [(False, 1, "--dist-timeout"), (True, 130, "interrupted")])
+def test_a_stuck_process_ends_the_run_in_one_line(tmp_path, interrupt, status, said):
+    """By the timeout, or by a second Ctrl-C: after the first, the launcher waits half a minute for the run to save."""
+    minutes = "1" if interrupt else "0.05"
+    command = baseline(tmp_path, "--epochs", "90", "--milestones", "80", "--dist-timeout", minutes)
     running = start(published(command))
     wait_for(running, "epoch 1/90")
     stuck = ranks_of(running)[1]
     os.kill(stuck, signal.SIGSTOP)
-    for line in running.stderr:
-        if "error" in line:
-            break
+    if interrupt:
+        running.send_signal(signal.SIGINT)
+        time.sleep(1)
+        running.send_signal(signal.SIGINT)
+    else:
+        assert said in next(line for line in running.stderr if "error" in line)
     os.kill(stuck, signal.SIGCONT)  # else torchrun waits half a minute for its end
-    assert "--dist-timeout" in line
-    assert "Traceback" not in running.communicate(timeout=60)[1] and running.returncode == 1
+    told = running.communicate(timeout=20)[1]
+    assert running.returncode == status and told.count(said) == interrupt and "Traceback" not in told
 
 
 @pytest.mark.slow
@@ -341,32 +334,6 @@ def test_torchrun_restarts_and_the_run_resumes(finished, tmp_path, machines):
     told = [launcher.communicate(timeout=150) for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0] * machines, told
     assert "resuming at epoch" in "".join(output for output, _ in told) and equal_weights(tmp_path, finished)
-
-
-def gloo_threads():
-    """Return how many of this process's threads are the process group's."""
-    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
-
-
-def rank_leaves(rank, port):
-    """Run a script's entry that trains and is stopped, and check what is left of the group."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-    def main(args, world):
-        trained(world)
-        assert gloo_threads() > 0
-        raise launch.Preempted(143)
-
-    with pytest.raises(SystemExit) as stop:
-        launch.run(functools.partial(parsed, *BASELINE), main)
-    assert stop.value.code == 143 and not dist.is_initialized() and gloo_threads() == 0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or torch.__version__ < (2, 7), reason="reads the names of threads")
-def test_the_groups_threads_end_with_the_run():
-    """One that outlives the interpreter aborts the process now and then, after all is saved: status -6 for 0 or 143."""
-    mp.spawn(rank_leaves, (free_port(),), nprocs=2)
 
 
 @pytest.mark.slow
