@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,13 @@ class Trained:
     resize: str = "crop"  # crop, squash or pad
     margin: float = 1.0  # shorter side before the centre crop, in sizes
     grey_range: tuple[int, int] = (0, 65535)  # 16-bit values that become black and white
+    info: dict[str, Any] = field(default_factory=dict)  # what the file records of its training images
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments by which `imagesets` reads a data set as this network's images are read."""
+        own = {name: getattr(self, name) for name in ("size", "mean", "std", "resize", "grey_range")}
+        return {**imagesets.recorded(self.info), **own}
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -76,6 +83,7 @@ class Trained:
             "resized_side": round(self.size * self.margin) if self.resize == "crop" else self.size,
             "mean": list(self.mean),
             "std": list(self.std),
+            "grey_range": list(self.grey_range),
             "class_names": self.classes,
         }
 
@@ -115,7 +123,7 @@ def load(args: argparse.Namespace, world: World) -> Trained:
     checkpoint.load_into(network, args.net)
     network = network.to(world.device, memory_format=torch.channels_last).eval()
     check_size(network, arch, settings["size"], world.device)
-    return Trained(network, arch, classes, **settings)
+    return Trained(network, arch, classes, **settings, info=checkpoint.info)
 
 
 def reading(args: argparse.Namespace, checkpoint: Checkpoint, arch: str) -> dict[str, Any]:
