@@ -360,7 +360,8 @@ def test_a_teacher_has_the_heads_that_the_method_reads(tmp_path, method):
     """The others take a plain teacher under its auxiliary name too, as of the teacher zoos."""
     name = "resnet14_aux" if method == "hsakd" else "resnet14"
     weights = utils.Checkpoint(save_teacher(tmp_path / "t.pth", name))
-    teacher = methods.load_teacher(methods.find(method), "resnet14_aux", weights, 10)
+    words = ("--tarch", "resnet14_aux", "--tcheckpoint", "t.pth", "--method", method)
+    teacher = methods.load_teacher(parsed("train_student_cifar", *words), weights, 10, 32)
     assert hasattr(teacher, "auxiliary_classifier") == (method == "hsakd")
     assert_equal(teacher.state_dict(), weights.state)
 
