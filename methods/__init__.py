@@ -93,7 +93,7 @@ def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn
     options.add_choice(add, "--tcheckpoint")
     options.add_statistics(add, "teacher-", "of the teacher's images; default: its file's, else the student's")
     add("--teacher-cache", type=options.path, metavar="DIR", help="store of teachers' outputs; needs --views")
-    add("--cache-dtype", choices=["exact", "float16"], default="exact", help="of stored outputs (default: exact)")
+    add("--cache-dtype", choices=["exact", "float16"], help="of stored outputs (default: exact)")
     add("--method", default="hsakd", help=f"{', '.join(names())}, or FILE.py: what the student learns of the teacher")
     try:
         method = find(options.given(argv, "--method", default="hsakd"))

@@ -254,5 +254,5 @@ def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
         "folder": run_folder(args),
         "settings": vars(args),
         "teacher_cache": getattr(args, "teacher_cache", None),
-        "cache_dtype": getattr(args, "cache_dtype", "exact"),
+        "cache_dtype": getattr(args, "cache_dtype", None) or "exact",
     }

@@ -14,19 +14,16 @@ from utils import Checkpoint, UserError, first_line
 
 def add_networks(parser: Parser) -> None:
     """Add what shapes the auxiliary branches that are generated for networks from elsewhere."""
-    add = parser.add_argument_group(
-        "torchvision/NAME, timm/NAME, FILE.py:FUNCTION, each with or without _aux"
-    ).add_argument
-    add("--taps", type=positive, default=4, help="auxiliary branches, at most (default: 4)")
-    add(
-        "--branches", choices=["copy", "light"], default="copy", help="copies of the rest of the network, or cheap ones"
-    )
+    title = "torchvision/NAME, timm/NAME, FILE.py:FUNCTION, each with or without _aux"
+    add = parser.add_argument_group(title).add_argument
+    add("--taps", type=positive, help="auxiliary branches, at most (default: 4)")
+    add("--branches", choices=["copy", "light"], help="copies of the rest of the network (default), or cheap ones")
     add("--classifier", metavar="LAYER", help="layer that makes the logits, if the network has several")
 
 
 def create(args: argparse.Namespace, name: str, num_classes: int, size: int, rotations: int = 4) -> nn.Module:
     """Return the network `name`, newly initialised, for images of `size` pixels; UserError if that is impossible."""
-    shaping = {key: getattr(args, key) for key in ("taps", "branches", "classifier") if hasattr(args, key)}
+    shaping = {key: value for key in ("taps", "branches", "classifier") if (value := getattr(args, key, None))}
     try:
         network = models.create(name, num_classes, rotations, size=size, **shaping)
         if models.is_external(name) and not models.is_aux(name):
