@@ -61,8 +61,8 @@ def parse_args(argv=None):
     args.arch = models.backbone_name(args.arch)
     if args.dataset == "imagenet":
         parser.error("--dataset imagenet: the probe sees images of 32 pixels: read the same folders as imagefolder")
-    if models.is_imagenet(args.arch):
-        parser.error(f"--arch {args.arch} is for images of 224 pixels: the probe is for CIFAR's backbones")
+    if models.is_imagenet(args.arch) or models.is_external(args.arch):
+        parser.error(f"--arch {args.arch} is not for images of 32 pixels: the probe is for CIFAR's backbones")
     return args
 
 

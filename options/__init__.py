@@ -64,7 +64,6 @@ def training_parser(
     """Return the parser of a training script: the base flags, the recipe, run folder and processes."""
     parser = base_parser(script, description, arch, dataset_name)
     parser.recipe = {"weight_decay": 5e-4, "nesterov": True}
-    add_networks(parser)
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=positive, default=epochs, help="passes over the training images (default: %(default)s)")
     add("--manual_seed", type=seed, default=0, help="seed of weights, data order and augmentation (default: 0)")
@@ -120,7 +119,8 @@ def add_weights_key(add: Callable, weights: str) -> None:
 
 
 def add_start(parser: Parser) -> None:
-    """Add what a network that is trained starts from, and how its images are augmented."""
+    """Add what shapes a network that is trained, what it starts from, and how its images are augmented."""
+    add_networks(parser)
     add_augmentation(parser)
     add = parser.add_argument_group("start").add_argument
     add("--pretrained-backbone", type=path, help="weights of the backbone to start from, also of other classes")

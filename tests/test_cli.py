@@ -248,6 +248,7 @@ def test_mistakes_of_a_students_flags(words, weights, capsys):
         ("train_teacher_cifar", ["--rotations", "3"], "--rotations"),
         ("train_online_kd_cifar", ["--arch", "resnet8_aux"], "resnet8_resnet8"),
         ("eval_rep", ["--arch", "resnet18_imagenet", "--s-path", "w.pth"], "resnet18_imagenet"),
+        ("eval_rep", ["--arch", "torchvision/resnet18", "--s-path", "w.pth"], "torchvision/resnet18"),
     ],
 )
 def test_mistakes_of_one_script(script, words, said, capsys):
