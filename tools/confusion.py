@@ -16,7 +16,7 @@ def draw_confusion(matrix: Tensor, classes: list[str], path: str | os.PathLike) 
     side = min(max(0.4 * len(classes), 4.0), 14.0)
     figure = Figure(figsize=(side + 2, side + 1), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, vmin=0, vmax=100, cmap="Blues", interpolation="nearest")
+    image = axes.imshow(shares.numpy(), vmin=0, vmax=100, cmap="Blues", interpolation="nearest")
     axes.set(xlabel="predicted class", ylabel="class")
     if len(classes) <= NAMED:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
