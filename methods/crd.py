@@ -44,21 +44,24 @@ class CRD(Objective):
     def step(self, model, batch):
         teacher = self.teach(batch)
         student = with_features(model, batch.images)
-        index = batch.index.to(batch.labels.device)
-        with torch.autocast(batch.images.device.type, enabled=False):  # the exponential needs float32
-            contrast = self.contrast(student.embedding, teacher.embedding, index, batch.labels)
+        contrast = self.contrast(student.embedding, teacher.embedding, batch.index, batch.labels)
         terms = {
             "task": self.cross_entropy(student.logits, batch.labels),
             "features": self.feature_weight * contrast,
         }
         return terms, predictions(Outputs(student.logits))
 
+    @torch.compiler.disable  # the compiled backward pass would read the memories after they have changed
     def contrast(self, student, teacher, index, labels):
         """Return the loss of embeddings (B, D) of the images `index` (B,), after which the memories know them."""
-        found = {
-            side: F.normalize(self.trained[side](embedding.float()))
-            for side, embedding in zip(SIDES, (student, teacher), strict=True)
-        }
+        index = index.to(labels.device)
+        with torch.autocast(labels.device.type, enabled=False):  # the exponential needs float32
+            return self.contrast_float32(student.float(), teacher.float(), index, labels)
+
+    def contrast_float32(self, student, teacher, index, labels):
+        """Do what `contrast` says."""
+        pairs = zip(SIDES, (student, teacher), strict=True)
+        found = {side: F.normalize(self.trained[side](embedding)) for side, embedding in pairs}
         count = len(self.state["labels"])
         others = torch.randint(count, (len(index), self.negatives), device=index.device)
         counted = self.state["labels"][others] != labels[:, None]
