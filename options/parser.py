@@ -54,9 +54,9 @@ class Parser(argparse.ArgumentParser):
         if not name.startswith("--"):
             return word
         plain = name.replace("_", "-")
-        if plain in SYNONYMS and name not in self._option_string_actions:
-            self.error(f"unknown flag {name}: here it is {SYNONYMS[plain]}")
         known = [flag for flag in self._option_string_actions if flag.replace("_", "-").startswith(plain)]
+        if plain in SYNONYMS and len(known) != 1 and name not in known:
+            self.error(f"unknown flag {name}: here it is {SYNONYMS[plain]}")
         exact = [flag for flag in known if len(flag) == len(plain)]
         return (exact or known or [name])[0][: len(plain)] + equals + value
 
