@@ -315,7 +315,7 @@ def contract_step(name, dtype):
 
 def marked(name):
     """Return a contract's step as a parameter, marked slow unless it is a fast one."""
-    return pytest.param(name, marks=[] if re.search("frozen/wrn|56|wrn_16_2", name) else pytest.mark.slow)
+    return pytest.param(name, marks=[] if re.search("frozen/wrn|frozen/resnet56|wrn_16_2", name) else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [marked(name) for name in STEPS if not name.startswith("dpcd/")])

@@ -235,7 +235,7 @@ def test_networks_are_one_graph_for_the_compiler(name):
     torch.testing.assert_close(compiled(images), network(images))
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50])
+@pytest.mark.parametrize("depth", [18, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 50))])
 def test_imagenet_resnets_are_torchvisions(depth):
     torch.manual_seed(0)
     reference = getattr(torchvision.models, f"resnet{depth}")(weights=None, num_classes=20)
