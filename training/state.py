@@ -40,6 +40,14 @@ OWN_SETTINGS = {
 }
 
 
+def default_settings(trainer: "Trainer") -> dict[str, Any]:
+    """Return the settings of a Trainer that is made without a command line, which a resumed run must share."""
+    names = ("lr", "weight_decay", "momentum", "nesterov", "milestones", "warmup", "seed", "optimizer", "schedule")
+    settings = {name: getattr(trainer, name) for name in names}
+    named = {name: getattr(v, "__qualname__", type(v).__name__) if callable(v) else v for name, v in settings.items()}
+    return {"method": trainer.objective.name, **json_form(named)}
+
+
 def shaping(trainer: "Trainer") -> dict[str, Any]:
     """Return what must be equal in all processes: their results would be silently wrong."""
     settings = {name: value for name, value in trainer.settings.items() if name not in OWN_SETTINGS}

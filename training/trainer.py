@@ -77,7 +77,7 @@ class Trainer:
             raise UserError(f"--accumulate has no part in {self.objective.name}: its running state is of whole batches")
         given = {name: getattr(self, name) for name in ("lr", "weight_decay", "momentum", "nesterov")}
         self.factory = optimizer_factory(self.optimizer, **given)
-        self.settings = self.settings or {"method": self.objective.name, "seed": self.seed, **given}
+        self.settings = self.settings or state.default_settings(self)
         self.arch = getattr(self.model, "arch", type(self.model).__name__)
         self.run = RunFolder(self.folder, self.arch, self.settings) if self.folder else None
         self.epoch, self.step_in_epoch, self.last_top1 = 0, 0, None
@@ -244,14 +244,20 @@ class Trainer:
             self.save()
             self.saved_at = time.monotonic()
         if stopped:
-            at = f"epoch {epoch + 1}, step {self.step_in_epoch}" if self.resumable else f"the end of epoch {epoch}"
+            at = (
+                f"epoch {epoch + 1}, step {self.step_in_epoch}"
+                if self.resumable
+                else f"the last finished epoch, {epoch}"
+            )
             print_main(f"stopped by a signal; saved at {at}: continue with --resume")
             raise stop.preempted()
 
     def check_finite(self, epoch: int) -> None:
         """Raise UserError if training has diverged, before anything of that is saved."""
         if not is_finite(self.model, self.totals):
-            raise UserError(f"training diverged in epoch {epoch + 1}: lower --init-lr, or --resume --override init_lr=RATE")
+            raise UserError(
+                f"training diverged in epoch {epoch + 1}: lower --init-lr, or --resume --override init_lr=RATE"
+            )
 
     def test_epoch(self, epoch: int) -> dict[str, Any]:
         """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals."""
