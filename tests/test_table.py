@@ -48,12 +48,18 @@ def test_every_row_is_a_command_of_equal_steps(tmp_path):
     assert found["hsakd_strong", 0].augment == "strong" and found["hsakd", 0].augment is None
 
 
+def test_stored_outputs_serve_the_methods_that_read_logits_or_heads(tmp_path):
+    found = commands(tmp_path, ROWS=" ".join(ROWS + BEYOND), SEEDS="0", VIEWS="8", STORE=tmp_path / "store")
+    stored = {row for (row, _), args in found.items() if vars(args).get("views") == 8 and args.teacher_cache}
+    assert stored == set(ROWS + BEYOND) - {"alone", "crd", "reviewkd", "hssakd"}
+
+
 @pytest.mark.slow
 def test_a_run_is_collected_and_then_left_out(tmp_path):
     """One row's command for two steps on made images; its line is what report.py reads."""
     write_cifar(tmp_path)
     save_teacher(tmp_path / "t.pth", "resnet20_aux", CLASSES)
-    table(tmp_path, "row", "hsakd", "1", *SMALL, PYTHON=sys.executable)
+    table(tmp_path, "row", "hsakd", "1", *SMALL, PYTHON=sys.executable, VIEWS="2", STORE=tmp_path / "store")
     (line,) = map(json.loads, (tmp_path / "table.jsonl").read_text().splitlines())
     assert (line["name"], line["seed"], len(line["log"])) == ("hsakd", 1, 1) and "torch" in line["versions"]
     assert line["args"]["method"] == "hsakd" and "checkpoint_dir" not in line["args"]
