@@ -3,95 +3,72 @@
     python benchmarks/equal_results.py --seeds 0 1 2 --tarch resnet20_aux --arch resnet8_aux --tcheckpoint T.pth.tar \\
         --dataset imagefolder --data CIFAR10 --epochs 4 --milestones 3 --limit-batches 100
 
-All flags but --seeds and --json are train_student_cifar.py's, which trains the one student of each seed; the other is
-trained by the reference loop of step.py: float32, NCHW, eager, PIL transforms image by image.
+All flags but --seeds are train_student_cifar.py's, which trains the one student of each seed; the other is trained by
+the reference loop of step.py: float32, NCHW, eager, PIL transforms image by image.
 """
 
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import mean, stdev
+from unittest import mock
 
-from torch.utils.data import RandomSampler
-from training_paths import Reference
+from paths import PublishedImages, Reference
+from torch.utils.data import DataLoader, RandomSampler
 
-import datasets
-import distributed
-import loading
-import methods
-import metrics
 import options
 import train_student_cifar
-import utils
-
-SCRIPT = Path(train_student_cifar.__file__)
+from training import launch, metrics
+from training.optim import rate_factor, set_rate
 
 
 def parse_args(argv=None):
-    """Parse the command line: the student script's arguments, and ours."""
+    """Parse the command line: the student script's arguments, and the seeds."""
     parser = options.Parser(__doc__)
-    parser.add_argument("--seeds", type=options.seed, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", metavar="FILE", help="write all measurements")
+    parser.add_argument("--seeds", type=options.natural, nargs="+", default=[0, 1, 2])
     ours, rest = parser.parse_known_args(argv)
     args = train_student_cifar.parse_args(rest)
-    if args.val_split or args.warmup_epoch or args.accumulate > 1 or args.dataset == "imagenet":
-        parser.error("the reference has no --val-split, --warmup-epoch, --accumulate or --dataset imagenet")
-    if args.resume or args.evaluate or args.multiprocessing_distributed:
-        parser.error("every run is trained anew, by one process: no --resume, --evaluate or --multiprocessing-distributed")
-    options.check_output(parser, "--json", ours.json)
-    args.seeds, args.json, args.student_flags = ours.seeds, ours.json, rest
+    args.seeds = ours.seeds
     return args
 
 
-def reference(args, seed, world):
-    """Train as the published scripts do; return the last epoch's top-1 on the test images and the images/s."""
-    utils.seed_all(seed)
-    train_set = datasets.load(args.dataset, args.data, True, args.num_workers)
-    test = loading.load_test(args, world)
-    count = min(args.limit_batches * args.batch_size if args.limit_batches else len(train_set), len(train_set))
-    pair = methods.create_pair(args, test)
-    sampler = RandomSampler(train_set.labels, num_samples=count)
-    path = Reference(args, (args.tarch, args.arch), train_set, world, pair, sampler)
-    seconds = 0.0
+def reference(args, world):
+    """Train what the script would as the published scripts do; return the last epoch's top-1 on the test images."""
+    with mock.patch.object(train_student_cifar, "Trainer") as trainer:
+        train_student_cifar.main(args, world)
+    (model, objective), settings = trainer.call_args
+    train = settings["train"]
+    images, count = train.image_set, min(len(train) * train.batch_size, train.num_images)
+    sampler = RandomSampler(images.labels, num_samples=count)
+    loader = DataLoader(PublishedImages(images), train.batch_size, sampler=sampler)
+    path = Reference(model, objective, loader, world.device, lr=args.init_lr)
     for epoch in range(args.epochs):
-        for group in path.optimizer.param_groups:
-            group["lr"] = utils.learning_rate(args, epoch)
-        began = time.perf_counter()
+        set_rate(path.optimizer, rate_factor("multistep", epoch, 0, 1, args.epochs, args.milestones))
         path.round(epoch)
-        seconds += time.perf_counter() - began
-    return {"top1": metrics.evaluate(path.model, test, world.device)["top1"], "speed": args.epochs * count / seconds}
+    return metrics.evaluate(model, settings["test"], world.device)["top1"]
 
 
-def default(args, seed):
-    """Train with the project's own script; return the last epoch's top-1 and the images/s over all epochs."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(SCRIPT), *args.student_flags, "--manual_seed", str(seed), "--checkpoint-dir", folder]
-        if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            raise utils.UserError(f"{SCRIPT.name} ended with status {status}")
-        (log,) = Path(folder).glob("*/log.jsonl")
-        epochs = [json.loads(line) for line in log.read_text().splitlines()]
-    return {"top1": epochs[-1]["test/top1"], "speed": len(epochs) / sum(1 / e["images_per_second"] for e in epochs)}
+def default(args, world):
+    """Train by the script; return the last epoch's top-1."""
+    with tempfile.TemporaryDirectory() as args.checkpoint_dir:
+        train_student_cifar.main(args, world)
+        (log,) = Path(args.checkpoint_dir).glob("*/log.jsonl")
+        return json.loads(log.read_text().splitlines()[-1])["test/top1"]
 
 
 def main(args, world):
     """Train both ways from every seed and print a Markdown table."""
-    results = {"reference": [], "default": []}
-    print("| path | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | mean and spread | images/s |")
-    print("|:--|" + ":-:|" * (len(args.seeds) + 2), flush=True)
+    found = {"reference": [], "default": []}
     for seed in args.seeds:
-        results["reference"].append(reference(args, seed, world))
-        results["default"].append(default(args, seed))
-    for name, found in results.items():
-        accuracies = [result["top1"] for result in found]
-        spread = f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f}" if len(found) > 1 else f"{accuracies[0]:.2f}"
-        cells = [*(f"{value:.2f}" for value in accuracies), spread, f"{mean(r['speed'] for r in found):.0f}"]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"seeds": args.seeds, **results}, indent=1) + "\n")
+        args.manual_seed = seed
+        found["reference"].append(reference(args, world))
+        found["default"].append(default(args, world))
+    print("| path | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | mean ± std |")
+    print("|:--|" + ":-:|" * (len(args.seeds) + 1))
+    for name, values in found.items():
+        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + f" | {mean(values):.2f}{spread} |")
 
 
 if __name__ == "__main__":
-    distributed.run(parse_args, main)
+    launch.run(parse_args, main)
