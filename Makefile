@@ -9,10 +9,10 @@ help:
 	@echo "make test   run all tests (under eight minutes on two cores)"
 	@echo "make lint   check style and formatting"
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-extra.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --requirement requirements.txt
+	$(PY) -m pip install --quiet --requirement requirements.txt --requirement requirements-extra.txt
 	touch $@
 
 demo: .venv/installed

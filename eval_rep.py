@@ -55,27 +55,28 @@ def parse_args(argv=None):
     parser.add_argument(
         "--s-path", type=options.path, required=True, help="weights of the backbone, or of a whole network"
     )
-    options.add_net(parser.add_argument, "--s-path")
+    options.add_choice(parser.add_argument, "--s-path")
     args = options.finish(parser, argv)
     # Neither auxiliary classifiers nor the other network of a pair have a part in this.
     args.arch = models.backbone_name(args.arch)
     if args.dataset == "imagenet":
         parser.error("--dataset imagenet: the probe sees images of 32 pixels: read the same folders as imagefolder")
-    if models.is_imagenet(args.arch):
-        parser.error(f"--arch {args.arch} is for images of 224 pixels: the probe is for CIFAR's backbones")
+    if models.is_imagenet(args.arch) or models.is_external(args.arch):
+        parser.error(f"--arch {args.arch} is not for images of 32 pixels: the probe is for CIFAR's backbones")
     return args
 
 
 def main(args, world):
     """Train and test the linear classifier."""
     utils.seed_all(args.manual_seed)
-    checkpoint = utils.Checkpoint(args.s_path)  # a wrong path shows before the data is read
+    checkpoint = utils.Checkpoint(args.s_path, args.weights_key)  # a wrong path shows before the data is read
     args.digests = {args.s_path: checkpoint.digest}
     backbone = models.create(args.arch, checkpoint.num_classes)
     checkpoint.load_into(backbone, args.net)
     data = imagesets.load(**options.data_settings(args), crop_size=SIZE, world=world)
     probe = LinearProbe(backbone, data.num_classes)
-    Trainer(probe, methods.Supervised(), **data.batches(), **options.trainer_settings(args), world=world).fit()
+    objective = methods.Supervised(**options.loss_settings(args, data))
+    Trainer(probe, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ COLUMNS = [
 ]
 # Where a run was made does not set it apart from another, nor does its seed.
 NOT_SETTINGS = FREE_ARGUMENTS - {"epochs", "tcheckpoint", "pretrained_backbone"} | {"manual_seed"}
+ALWAYS_SHOWN = {"limit_batches", "override"}  # also if all runs have it
 NEEDED = {"script", "arch", "dataset", "epochs", "manual_seed"}
 
 
@@ -77,6 +78,8 @@ def read_run(file: Path) -> Run | None:
 def settings_of(args: dict) -> dict[str, str]:
     """Return what sets a run apart; paths are cut to their last two parts, without seeds."""
     kept = {key: str(value) for key, value in args.items() if value and key not in NOT_SETTINGS}
+    changes = [f"{c['name']} {c['from']} -> {c['to']} from epoch {c['epoch']}" for c in args.get("overrides", ())]
+    kept |= {"override": " and ".join(changes)} if changes else {}
     return {key: re.sub(r"seed\d+", "seed", "/".join(value.split("/")[-2:])) for key, value in kept.items()}
 
 
@@ -91,7 +94,7 @@ def group(runs: list[Run]) -> list[tuple[Label, str, list[Run]]]:
         common = set.intersection(*map(set, variants))
         for variant, members in sorted(variants.items()):
             own = set(variant) - common
-            shown = [f"{key} {value}" for key, value in variant if key == "limit_batches" or (key, value) in own]
+            shown = [f"{key} {value}" for key, value in variant if key in ALWAYS_SHOWN or (key, value) in own]
             groups.append((label, ", ".join(shown), members))
     return groups
 

@@ -11,11 +11,10 @@ import time
 import torch
 
 import imagesets
-import models
 import options
 import utils
 from training import launch
-from training.metrics import cost, evaluate
+from training.metrics import confusion, cost, evaluate
 from training.precision import resolve_precision, type_name
 from training.run_folder import json_ready
 
@@ -24,26 +23,27 @@ KINDS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (he
 
 def parse_args(argv=None):
     """Parse the command line."""
-    parser = options.base_parser(__file__, __doc__, arch="wrn_16_2_aux")
+    parser = options.base_parser(__file__, __doc__, arch=None)
     parser.set_defaults(amp="off")
     add = parser.add_argument
     add("--student-weights", type=options.path, required=True, help="weights to test")
-    options.add_net(add, "--student-weights")
+    options.add_choice(add, "--student-weights")
     add("--json", action="store_true", help="print one JSON object")
-    args = options.finish(parser, argv)
-    if models.is_pair(args.arch):
-        args.arch = models.member_name(args.arch)
-    return args
+    add("--confusion", type=options.path, metavar="FILE.png", help="draw the confusion matrix")
+    options.add_networks(parser)
+    return options.finish(parser, argv)
 
 
 def main(args, world):
     """Test the weights and print the results."""
-    checkpoint = utils.Checkpoint(args.student_weights)
+    checkpoint = utils.Checkpoint(args.student_weights, args.weights_key, args.arch)
     num_classes, rotations = checkpoint.widths
-    network = models.create(args.arch, num_classes, rotations or 4)
+    args.arch = options.named(args.arch, checkpoint, args.net)
+    recorded = {**options.own_statistics(args.arch), **imagesets.recorded(checkpoint.info)}
+    images = imagesets.load_test(**{**recorded, **options.test_settings(args)}, world=world)
+    network = options.create(args, args.arch, num_classes, images.size, rotations or 4)
     checkpoint.load_into(network, args.net)
     network = network.to(world.device, memory_format=torch.channels_last).eval()
-    images = imagesets.load_test(**options.test_settings(args), size=checkpoint.info.get("size"), world=world)
     if len(images.classes) != num_classes:
         classes = f"{num_classes} classes, but {args.dataset} has {len(images.classes)}"
         raise utils.UserError(f"{args.student_weights}: {classes}")
@@ -51,7 +51,7 @@ def main(args, world):
     precision = resolve_precision(args.amp, world.device)
     tested = evaluate(network, images, world.device, precision, heads=True)  # first: it also warms the device up
     began = time.perf_counter()
-    evaluate(network, images, world.device, precision)
+    matrix = confusion(network, images, world.device, precision).cpu()
     seconds = time.perf_counter() - began
     result = {
         "arch": args.arch,
@@ -60,12 +60,41 @@ def main(args, world):
         "method": checkpoint.content.get("method") or KINDS[rotations],
         **checkpoint.recorded,
         "images": images.total,
+        "mean": images.statistics[0],
+        "std": images.statistics[1],
         "precision": type_name(precision),
         **tested,
         **cost(network, images.size),
         "images_per_second": images.total / seconds,
     }
-    utils.print_main(json.dumps(json_ready(result)) if args.json else "\n".join(lines(result)))
+    if args.confusion and world.is_main:
+        from tools.confusion import draw_confusion  # matplotlib takes a second
+
+        draw_confusion(matrix, images.classes, args.confusion)
+    classes = by_class(matrix, images.classes)
+    shown = [*table(classes), *lines(result)]
+    utils.print_main(json.dumps(json_ready({**result, "classes": classes})) if args.json else "\n".join(shown))
+
+
+def by_class(matrix, names):
+    """Return, of each class, its images, its accuracy in percent and the class that it is most often taken for."""
+    found = []
+    for number, (name, row) in enumerate(zip(names, matrix.tolist(), strict=True)):
+        images, wrong = sum(row), [0 if other == number else count for other, count in enumerate(row)]
+        entry = {"name": name, "images": images, "top1": 100 * row[number] / images if images else None}
+        taken = names[wrong.index(max(wrong))] if any(wrong) else None
+        found.append({**entry, "taken_for": taken, "times": max(wrong)})
+    return found
+
+
+def table(classes):
+    """Return the lines of a table of `by_class`."""
+    width = max(len(entry["name"]) for entry in classes)
+    yield f"{'class':{width}}  images   top-1  most often taken for"
+    for entry in classes:
+        top1 = "-" if entry["top1"] is None else f"{entry['top1']:.2f}"
+        taken = f"{entry['taken_for']} ({entry['times']})" if entry["times"] else ""
+        yield f"{entry['name']:{width}}  {entry['images']:6}  {top1:>6}  {taken}".rstrip()
 
 
 def lines(result):
@@ -74,6 +103,8 @@ def lines(result):
         if isinstance(value, dict):
             millions = [f"{value[key] / 1e6:.2f} M {key.replace('_', '-')}" for key in ("parameters", "multiply_adds")]
             yield f"{name}: {', '.join(millions)}"
+        elif isinstance(value, (list, tuple)):
+            yield f"{name}: {' '.join(f'{number:.4g}' for number in value)}"
         else:
             yield f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}"
 

@@ -12,11 +12,13 @@ import models
 import options
 import utils
 from training import Trainer, launch
+from training.start import load_backbone
 
 
 def parse_args(argv=None):
     """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, arch="wrn_16_2")
+    options.add_start(parser)
     options.add_few_ratio(parser)
     args = options.finish(parser, argv)
     if models.is_pair(args.arch):
@@ -30,8 +32,10 @@ def main(args, world):
     """Train the baseline."""
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
-    model = models.create(args.arch, data.num_classes)
-    Trainer(model, methods.Supervised(), **data.batches(), **options.trainer_settings(args), world=world).fit()
+    model = options.create(args, args.arch, data.num_classes, data.size)
+    args.digests = load_backbone(model, args.pretrained_backbone, data, args.weights_key)
+    objective = methods.Supervised(**options.loss_settings(args, data))
+    Trainer(model, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ Published on CIFAR-100: WRN-40-2 82.58, ResNet-56 78.16, ResNet-32x4 84.91, VGG-
 
 import imagesets
 import methods
-import models
 import options
 import utils
 from training import Trainer, launch
+from training.start import load_backbone
 
 
 def parse_args(argv=None):
@@ -24,8 +24,9 @@ def main(args, world):
     """Train the pair."""
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
-    pair = models.create(args.arch, data.num_classes)
-    objective = methods.HSSAKD(**methods.constants_of(args, methods.HSSAKD))
+    pair = options.create(args, args.arch, data.num_classes, data.size)
+    args.digests = load_backbone(pair, args.pretrained_backbone, data, args.weights_key)
+    objective = methods.HSSAKD(**methods.constants_of(args, methods.HSSAKD), **options.loss_settings(args, data))
     Trainer(pair, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 

@@ -9,10 +9,10 @@ Published on CIFAR-100, WRN-40-2 -> WRN-16-2: HSAKD 78.67 with a joint teacher, 
 
 import imagesets
 import methods
-import models
 import options
 import utils
 from training import Trainer, launch
+from training.start import load_backbone, suit_teacher
 
 
 def parse_args(argv=None):
@@ -25,13 +25,15 @@ def parse_args(argv=None):
 def main(args, world):
     """Train the student."""
     utils.seed_all(args.manual_seed)
-    method, checkpoint = methods.find(args.method), utils.Checkpoint(args.tcheckpoint)
-    args.digests = {args.tcheckpoint: checkpoint.digest}
+    method, checkpoint = methods.find(args.method), utils.Checkpoint(args.tcheckpoint, args.weights_key, args.tarch)
     data = imagesets.load(**options.data_settings(args), world=world)
-    imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
-    teacher = methods.load_teacher(method, args.tarch, checkpoint, data.num_classes, args.net)
-    student = models.create(args.arch, data.num_classes, method.rotations)
-    objective = method(teacher, **methods.constants_of(args, method))
+    teacher = methods.load_teacher(args, checkpoint, data.num_classes, data.size)
+    student = options.create(args, args.arch, data.num_classes, data.size, method.rotations)
+    if method.reads == "heads":
+        methods.print_pairs(student, teacher)
+    teacher = suit_teacher(teacher, checkpoint, data, args.teacher_mean, args.teacher_std)
+    args.digests = {args.tcheckpoint: checkpoint.digest, **load_backbone(student, args.pretrained_backbone, data)}
+    objective = method(teacher, **methods.constants_of(args, method), **options.loss_settings(args, data))
     Trainer(student, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 

@@ -9,10 +9,10 @@ Published on CIFAR-100 (joint): WRN-40-2 80.70, ResNet-56 77.20, ResNet32x4 83.7
 
 import imagesets
 import methods
-import models
 import options
 import utils
 from training import Trainer, launch
+from training.start import load_backbone
 
 
 def parse_args(argv=None):
@@ -30,14 +30,12 @@ def main(args, world):
     """Train the teacher."""
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
-    model = models.create(args.arch, data.num_classes, args.rotations)
-    if args.pretrained_backbone:
-        checkpoint = utils.load_weights(model.backbone, args.pretrained_backbone)
-        imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
-        args.digests = {args.pretrained_backbone: checkpoint.digest}
+    model = options.create(args, args.arch, data.num_classes, data.size, args.rotations)
+    args.digests = load_backbone(model, args.pretrained_backbone, data, args.weights_key, renew=not args.freezed)
     if args.freezed:
         model.freeze_backbone()
-    Trainer(model, methods.Teacher(), **data.batches(), **options.trainer_settings(args), world=world).fit()
+    objective = methods.Teacher(**options.loss_settings(args, data))
+    Trainer(model, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import hashlib
 import math
 import os
 import pathlib
@@ -23,6 +22,7 @@ from torch import nn
 
 import models
 from models import state_dicts
+from models.state_dicts import digest
 
 
 class UserError(Exception):
@@ -92,15 +92,6 @@ def versions() -> dict[str, str]:
     return {name: str(version) for name, version in found.items()}
 
 
-def digest(state: dict[str, torch.Tensor]) -> str:
-    """Return a short text that tells weights apart by their names and values."""
-    found = hashlib.sha256()
-    for name in sorted(state):
-        found.update(name.encode())
-        found.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
 def safe_globals() -> list:
     """Return what a checkpoint may hold beside tensors: numpy's numbers, parsed arguments, paths, default dicts."""
     kinds = [np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")]
@@ -145,6 +136,12 @@ def read_file(path: str | os.PathLike) -> dict:
     return content
 
 
+def hub_content(arch: str) -> dict:
+    """Return a checkpoint's content for the library's own weights of a network; ValueError if they cannot be had."""
+    mean, std = models.normalisation(arch) or (None, None)
+    return {"state_dict": models.hub_weights(arch), "info": {"mean": mean, "std": std}}
+
+
 def check_start(path: str | os.PathLike, start: bytes) -> None:
     """Raise UserError unless a file that begins with `start` can be PyTorch's: a zip archive or, if old, a pickle."""
     if not start:
@@ -173,17 +170,17 @@ class Checkpoint:
     """A file of weights, read once and safely, in any published layout; asked for what it knows.
 
     `content` is the file's dict, `state` its plain state dict without wrappers' prefixes. `key` names the dict of
-    weights in a file that holds several (`--weights-key`).
+    weights in a file that holds several (`--weights-key`). The path `hub` stands for a library's own weights of `arch`.
     """
 
-    def __init__(self, path: str | os.PathLike, key: str | None = None):
+    def __init__(self, path: str | os.PathLike, key: str | None = None, arch: str | None = None):
         self.path = path
-        self.content = read_file(path)
         with self.errors_named():
-            found, ema = state_dicts.find(self.content, key)
+            self.content = hub_content(arch) if path == "hub" else read_file(path)
+            found, self.ema = state_dicts.find(self.content, key)
             self.state, counters = state_dicts.clean(found)
-        if ema:
-            warn(f"{path}: using the EMA weights, {ema} (--weights-key chooses others)")
+        if self.ema:
+            warn(f"{path}: using the EMA weights, {self.ema} (--weights-key chooses others)")
         if counters:
             warn(f"{path}: left out {len(counters)} counters that are no weights ({counters[0]})")
 
@@ -203,7 +200,10 @@ class Checkpoint:
     @property
     def info(self) -> dict[str, Any]:
         """What the file says of its training images: class names, size, mean, std; empty for other people's files."""
-        return self.content["info"] if isinstance(self.content.get("info"), dict) else {}
+        if isinstance(self.content.get("info"), dict):
+            return self.content["info"]
+        older = self.content if "versions" in self.content else {}  # of this project, before it recorded more
+        return {name: older[name] for name in ("dataset", "size") if older.get(name)}
 
     @property
     def best_net(self) -> int | None:
@@ -238,26 +238,30 @@ class Checkpoint:
         """Epoch and accuracy that the file records, as numbers."""
         found = {}
         for key in ("epoch", "acc"):
-            value = self.content.get(key)
+            value = self.content.get(f"ema_{key}" if self.ema and f"ema_{key}" in self.content else key)
             if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
                 value = value.item()
             if isinstance(value, (int, float)):
                 found[f"recorded_{key}"] = value
         return found
 
-    def load_into(self, model: nn.Module, net: int | None = None) -> None:
+    def load_into(self, model: nn.Module, net: int | None = None, renew: bool = False) -> None:
         """Load the weights into `model`, strictly; a backbone takes its part of an auxiliary network or of a pair.
 
         `net` (1 or 2) chooses the network of a mutual pair, by default the better one if the file names it, else 1.
-        UserError names the first keys that do not fit, or the architecture if the file's is another one.
+        With `renew` the model keeps its own classifier if the file's is of another number of classes. `model.source`
+        is what the file records. UserError names the first keys that do not fit, or the file's other architecture.
         """
         if net == 2 and not any(key.startswith("net2.") for key in self.state):
             raise UserError(f"{self.path}: --net 2: these weights are not a mutual pair's")
         model = unwrap(model)
         with self.errors_named():
-            state_dicts.load(model, state_dicts.part_of(self.state, model.state_dict(), net or self.best_net or 1))
+            own, net = model.state_dict(), net or self.best_net or 1
+            part = state_dicts.part_of(self.state, own, net)
+            state_dicts.load(model, state_dicts.keep_classifier(part, own, self.num_classes) if renew else part)
+        model.source = {"path": str(self.path), "acc": self.recorded.get("recorded_acc"), "own": bool(self.info)}
         with contextlib.suppress(ValueError, AttributeError, TypeError):  # a name that is not known here
-            theirs, ours = models.backbone_name(self.arch), models.backbone_name(model.arch)
+            theirs, ours = (models.backbone_name(arch, net) for arch in (self.arch, model.arch))
             if theirs != ours:  # mobilenetV2's weights fit mobilenetV2_s2
                 raise UserError(f"{self.path}: weights of {theirs}, not of {ours}")
 

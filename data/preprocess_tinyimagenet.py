@@ -11,19 +11,13 @@ from pathlib import Path
 
 def prepare(folder: Path) -> str:
     """Create `val_sorted/`, complete or not at all; return a line about it. Raises OSError or ValueError otherwise."""
-    images, annotations, target = (
-        folder / "val" / "images",
-        folder / "val" / "val_annotations.txt",
-        folder / "val_sorted",
-    )
+    images, target, partial = folder / "val" / "images", folder / "val_sorted", folder / ".val_sorted.partial"
+    annotations = folder / "val" / "val_annotations.txt"
     if target.is_dir():
         return f"{target} already exists"
     if not annotations.is_file() or not images.is_dir():
-        raise ValueError(
-            f"{folder} is not TinyImageNet: unpack tiny-imagenet-200.zip, which holds val/val_annotations.txt"
-        )
+        raise ValueError(f"{folder} is not TinyImageNet as unpacked: it needs val/images and val/val_annotations.txt")
     labels = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines())
-    partial = folder / ".val_sorted.partial"
     shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left behind
     for image, label in labels.items():
         (partial / label).mkdir(parents=True, exist_ok=True)
@@ -39,9 +33,7 @@ def main() -> None:
     """Run the command; a folder that cannot be used is one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     beside = Path(__file__).parent / "tiny-imagenet-200"
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=beside, help="unpacked TinyImageNet (default: %(default)s)"
-    )
+    parser.add_argument("folder", nargs="?", type=Path, default=beside, help="TinyImageNet (default: %(default)s)")
     try:
         print(prepare(parser.parse_args().folder))
     except (OSError, ValueError) as error:

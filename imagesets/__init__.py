@@ -38,6 +38,12 @@ class Data(NamedTuple):
         """Return the number of classes."""
         return len(self.classes)
 
+    @property
+    def class_weights(self) -> torch.Tensor:
+        """Return weights (N,) of the classes that balance them: the training images, over N times those of a class."""
+        counts = self.train.image_set.labels.bincount(minlength=self.num_classes)
+        return counts.sum() / (self.num_classes * counts.clamp(min=1))
+
     def batches(self) -> dict[str, Any]:
         """Return what a Trainer takes of it: train, val, test and info."""
         return {name: getattr(self, name) for name in ("train", "val", "test", "info")}
@@ -46,7 +52,9 @@ class Data(NamedTuple):
 def recorded(info: dict[str, Any]) -> dict[str, Any]:
     """Return the settings by which test images are read as the training images that a checkpoint's `info` describes."""
     names = ("mean", "std", "class_names", "size", "resize", "test_split", "grey_range")
-    return {name: info[name] for name in names if info.get(name) is not None}
+    published = {**dict.fromkeys(folders.TESTS, folders.STATISTICS), **STATISTICS}.get(info.get("dataset"), ())
+    found = dict(zip(("mean", "std"), published, strict=False))  # of files that are older than what they record
+    return found | {name: info[name] for name in names if info.get(name) is not None}
 
 
 def load(name: str, root: str = "./data", **settings: Any) -> Data:
@@ -65,12 +73,13 @@ def load(name: str, root: str = "./data", **settings: Any) -> Data:
         train = replace(train, statistics=measured_statistics(train, settings))
     augmentation = choose_augmentation(name, train, settings)
     order = settings.batch_size, settings.seed, settings.world, settings.limit
+    views = {"views": settings.views, "views_seed": settings.views_seed}
     if train.in_memory:
         augmented = augmentation.on_device(train.size, settings.crop_size or train.size)
-        batches = in_memory.TrainBatches(train, augmented, *order)
+        batches = in_memory.TrainBatches(train, augmented, *order, **views)
     else:
         reading = {"workers": settings.workers, "skip_bad_images": settings.skip_bad_images}
-        batches = from_files.TrainBatches(train, augmentation, *order, **reading)
+        batches = from_files.TrainBatches(train, augmentation, *order, **reading, **views)
     mean, std = train.statistics
     info = {"dataset": name, "class_names": train.classes, "size": batches.size, "mean": mean, "std": std}
     info |= {"images": len(train), "augment": str(augmentation)}
@@ -111,7 +120,7 @@ def choose_augmentation(name: str, images: ImageSet, settings: Settings) -> Augm
         padding = None
     padding = {"crop": images.size // 8 if own else 4, "rrc": None, "none": 0}.get(asked, padding)
     flip = (images.flip if settings.flip is None else settings.flip) and asked != "none"
-    found = Augmentation(padding, flip, asked == "randaugment")
+    found = Augmentation(padding, flip, asked in ("randaugment", "strong"), cutout=asked == "strong")
     if own:
         print_main(f"augmentation: {found}")
     return found
@@ -128,7 +137,7 @@ def measured_statistics(images: ImageSet, settings: Settings) -> tuple:
 
 def warn_of_other_data(info: dict[str, Any], images: Any, path: str) -> None:
     """Warn if weights at `path`, trained on data of `info`, are used on batches of other classes or another size."""
-    if info.get("class_names") not in (None, images.classes):
+    if sorted(info.get("class_names") or images.classes) != sorted(images.classes):
         warn(f"warning: {path}: trained on the classes of other data ({info.get('dataset')}): its outputs mean those")
     if info.get("size") not in (None, images.size):
         warn(f"warning: {path}: trained on images of {info['size']} pixels a side, not {images.size}")

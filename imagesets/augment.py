@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.transforms import v2
+
+from imagesets.randaugment import RandAugmented
 
 
 class Augmentation(NamedTuple):
@@ -15,17 +16,18 @@ class Augmentation(NamedTuple):
     padding: int | None  # of the random crop; None: a random resized crop, 0: none
     flip: bool
     randaugment: bool = False
+    cutout: bool = False  # after RandAugment
 
     def __str__(self):
         crop = f"random crop with padding {self.padding}" if self.padding else "no random crop"
         crop = "random resized crop" if self.padding is None else crop
-        return crop + ", flip" * self.flip + ", RandAugment" * self.randaugment
+        return crop + ", flip" * self.flip + ", RandAugment" * self.randaugment + ", Cutout" * self.cutout
 
     def on_device(self, source: int, size: int) -> "CropFlip | ResizedCropFlip | RandAugmented":
         """Return the augmentation of batches of images with `source` pixels a side to `size`."""
         is_resized = self.padding is None
         found = ResizedCropFlip(source, size, self.flip) if is_resized else CropFlip(size, self.padding, self.flip)
-        return RandAugmented(found) if self.randaugment else found
+        return RandAugmented(found, self.cutout) if self.randaugment else found
 
 
 class CropFlip:
@@ -33,6 +35,9 @@ class CropFlip:
 
     def __init__(self, size: int, padding: int = 4, flip: bool = True):
         self.size, self.padding, self.flip = size, padding, flip
+
+    def __repr__(self):
+        return f"CropFlip({self.size}, {self.padding}, {self.flip})"
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Return (count, 3) int64: top and left of the crop in the padded image, and whether to flip."""
@@ -58,6 +63,9 @@ class ResizedCropFlip:
 
     def __init__(self, source: int, size: int, flip: bool = True):
         self.source, self.size, self.flip = source, size, flip
+
+    def __repr__(self):
+        return f"ResizedCropFlip({self.source}, {self.size}, {self.flip})"
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Return (count, 5) int64: top, left, height and width of the crop, and whether to flip.
@@ -120,23 +128,3 @@ def transformed(image: torch.Tensor, transform: Callable, key: int | Iterable[in
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
         return transform(image)
-
-
-class RandAugmented:
-    """Another augmentation, then torchvision's RandAugment of each image by a seed of its own."""
-
-    def __init__(self, inner: CropFlip | ResizedCropFlip):
-        self.inner, self.size = inner, inner.size
-
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Return the inner draws with a column of seeds."""
-        inner = self.inner.draw(count, generator)
-        return torch.cat([inner, torch.randint(2**62, (count, 1), generator=generator)], dim=1)
-
-    def apply(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """Augment `images` (B, 3, S, S) uint8, each by its row of `draws`."""
-        images = self.inner.apply(images, draws[:, :-1]).round().to(torch.uint8)
-        seeds = draws[:, -1].tolist()
-        return torch.stack(
-            [transformed(image, v2.RandAugment(), seed) for image, seed in zip(images, seeds, strict=True)]
-        )

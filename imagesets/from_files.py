@@ -5,6 +5,8 @@ of workers or processes.
 """
 
 import atexit
+import copy
+import math
 import multiprocessing
 import os
 import signal
@@ -19,7 +21,8 @@ from torchvision.transforms import v2
 
 from imagesets.augment import Augmentation, transformed
 from imagesets.images import ImageSet
-from imagesets.in_memory import Epochs, Normaliser, epoch_generator, share_of_test
+from imagesets.in_memory import Epochs, Normaliser, share_of_test
+from imagesets.randaugment import random_cut_out
 from utils import UserError, World
 
 
@@ -38,11 +41,15 @@ def training_transform(images: ImageSet, augmentation: Augmentation) -> Callable
     else:
         steps = [images.fitting(), v2.RandomCrop(images.size, augmentation.padding)]
     steps += [v2.RandomHorizontalFlip()] * augmentation.flip
-    return v2.Compose(steps + [v2.RandAugment()] * augmentation.randaugment)
+    steps += [v2.RandAugment()] * augmentation.randaugment + [random_cut_out] * augmentation.cutout
+    return v2.Compose(steps)
 
 
 class Images(Dataset):
-    """Item (number, key) -> (image (3, S, S) uint8, label, number), or a line if the image cannot be read."""
+    """Item (number, key) -> (image (3, S, S) uint8, label, number, end of the key), or a line if it cannot be read.
+
+    The end of the key is the view, if views are fixed.
+    """
 
     def __init__(self, images: ImageSet, transform: Callable):
         self.images, self.transform = images, transform
@@ -53,17 +60,17 @@ class Images(Dataset):
             image = self.images.decode(number)
         except UserError as error:
             return str(error)
-        return transformed(image, self.transform, key), self.images.labels[number], number
+        return transformed(image, self.transform, key), self.images.labels[number], number, key[-1]
 
 
-def collate(found: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-    """Join `Images` items into (images, labels, numbers, lines about unreadable images)."""
+def collate(found: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    """Join `Images` items into (images, labels, numbers, ends of keys, lines about unreadable images)."""
     bad = [item for item in found if isinstance(item, str)]
     good = [item for item in found if not isinstance(item, str)]
     if not good:
-        return torch.empty(0), torch.empty(0), torch.empty(0), bad
-    images, labels, numbers = zip(*good, strict=True)
-    return stacked(images), torch.stack(labels), torch.tensor(numbers), bad
+        return torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), bad
+    images, labels, numbers, ends = zip(*good, strict=True)
+    return stacked(images), torch.stack(labels), torch.tensor(numbers), torch.tensor(ends), bad
 
 
 def stacked(images: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -106,7 +113,7 @@ class Reader:
         )
 
     def read(self, plan: Iterable[list]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield (images (B, 3, S, S) float32, labels (B,), index (B,)) of the batches in `plan`.
+        """Yield (images (B, 3, S, S) float32, labels (B,), index (B,), ends of keys (B,)) of the batches in `plan`.
 
         Unreadable images are skipped, named once and counted, or raise a UserError.
         """
@@ -118,8 +125,8 @@ class Reader:
                 print(f"skipped: {line}", file=sys.stderr, flush=True)  # each rank meets others
             self.skipped.update(bad)
             if len(batch[0]):
-                images, labels, index = (part.to(self.device, non_blocking=True) for part in batch)
-                yield self.normalise(images), labels, index
+                images, *rest = (part.to(self.device, non_blocking=True) for part in batch)
+                yield self.normalise(images), *rest
         if len(self.skipped) > known:
             print(f"skipped {len(self.skipped)} unreadable images", file=sys.stderr, flush=True)
 
@@ -127,20 +134,36 @@ class Reader:
 class TrainBatches(Epochs):
     """Training batches; an epoch can be entered at any step."""
 
-    def __init__(self, images: ImageSet, augmentation: Augmentation, *order, workers: int, skip_bad_images: bool):
-        super().__init__(images, *order)
+    def __init__(
+        self, images: ImageSet, augmentation: Augmentation, *order, workers: int, skip_bad_images: bool, **more
+    ):
+        super().__init__(images, *order, **more)
+        self.described = repr(augmentation)
         self.reader = Reader(images, training_transform(images, augmentation), self.world, workers, skip_bad_images)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield (images, labels, index) of this rank from step `start` of `epoch` on."""
+        """Yield (images, labels, index) of this rank from step `start` of `epoch` on, and the views if fixed."""
         if start < self.steps:  # else workers would start for nothing
-            yield from self.reader.read(self.plan(epoch, start))
+            for *batch, view in self.reader.read(self.plan(epoch, start)):
+                yield (*batch, view) if self.views else tuple(batch)
 
     def plan(self, epoch: int, start: int = 0) -> Iterator[list]:
-        """Yield each step's list of (number, (seed, epoch, position)) of this rank."""
-        order = torch.randperm(self.num_images, generator=epoch_generator(self.seed, epoch))
+        """Yield each step's list of (number, key) of this rank."""
+        order, views, _ = self.order(epoch)
         for at in self.shares(start):
-            yield [(i, (self.seed, epoch, p)) for i, p in zip(order[at].tolist(), at.tolist(), strict=True)]
+            if views is None:
+                yield [(i, (self.seed, epoch, p)) for i, p in zip(order[at].tolist(), at.tolist(), strict=True)]
+            else:
+                yield self.items(order[at], views[at])
+
+    def items(self, index: torch.Tensor, view: torch.Tensor) -> list:
+        """Return the (number, key) of fixed views."""
+        return [(i, (self.views_seed, i, v)) for i, v in zip(index.tolist(), view.tolist(), strict=True)]
+
+    def read_views(self, blocks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield (images (B, 3, S, S) float32, index (B,), view (B,)) of blocks of (index, view)."""
+        for images, _, index, view in self.reader.read(self.items(*block) for block in blocks):
+            yield images, index, view
 
 
 class TestBatches:
@@ -157,6 +180,13 @@ class TestBatches:
     def __len__(self):
         return len(self.batches)
 
+    def some(self, count: int) -> "TestBatches":
+        """Return batches of at most `count` images over all processes, evenly spaced."""
+        found, size = copy.copy(self), len(self.batches[0])
+        items = sum(self.batches, [])[:: math.ceil(self.total / count)]
+        found.batches = [items[at : at + size] for at in range(0, len(items), size)]
+        return found
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for images, labels, _ in self.reader.read(self.batches):
+        for images, labels, *_ in self.reader.read(self.batches):
             yield images, labels

@@ -1,5 +1,6 @@
 """A split of a data set, how it is read, and what an image file holds."""
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -43,8 +44,10 @@ class Settings:
     val_split: float = 0.0  # share of training images held out
     few_ratio: float | None = None  # share of the others trained on
     skip_bad_images: bool = False
+    views: int | None = None  # fixed views of each training image, of which an epoch draws one; None: new ones
+    views_seed: int = 0
     crop_size: int | None = None  # train on random resized crops of this size of images in memory, and test at it
-    augment: str | None = None  # crop, rrc, randaugment, none; by default as published, for own images by their size
+    augment: str | None = None  # crop, rrc, randaugment, strong, none; as published, for own images by their size
     flip: bool | None = None  # whether mirrored images keep their class
     mean: tuple | str | None = None  # of the normalisation; "auto": mean and std of the training images
     std: tuple | None = None
@@ -75,6 +78,17 @@ class ImageSet:
 
     def __len__(self):
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """Return a short text that tells sets apart: by pixels, or by the files' names, sizes and times."""
+        found = hashlib.sha256(str((self.size, self.resize, self.grey_range)).encode())
+        if self.pixels is not None:
+            found.update(self.pixels.numpy().tobytes())
+            return found.hexdigest()[:16]
+        for path in map(os.fsdecode, self.paths):
+            stat = os.stat(path)
+            found.update(f"{path.split(os.sep)[-2:]} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return found.hexdigest()[:16]
 
     def subset(self, indices: torch.Tensor) -> "ImageSet":
         """Return the images at `indices`, in that order."""

@@ -1,7 +1,9 @@
 """Batches of images that live on the training device: order and normalisation as tensor operations."""
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +15,9 @@ from utils import UserError, World
 TEST_IMAGES = 256  # in a test batch, of 32 x 32 pixels or fewer
 
 
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Return the generator of an epoch's order and augmentation: a function of (seed, epoch) alone, so resumable."""
-    state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+def generator_of(*key: int) -> torch.Generator:
+    """Return a generator that is a function of whole numbers, such as (seed, epoch), alone: so a run is resumable."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
@@ -63,21 +65,45 @@ class Epochs:
     """What all training batches share: the length of an epoch, and its order.
 
     Order and augmentation depend on (seed, epoch, position) alone: the same for every number of processes, and an
-    epoch can be entered at any step.
+    epoch can be entered at any step. With `views` each image has so many fixed views, functions of (views_seed, image,
+    view); an epoch draws one of them.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, world: World, limit: int | None = None):
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int,
+        world: World,
+        limit: int | None = None,
+        views: int | None = None,
+        views_seed: int = 0,
+    ):
         if batch_size % world.size:
             raise UserError(f"a batch size of {batch_size} does not divide among {world.size} processes")
         self.num_images, self.size, self.statistics = len(images), images.size, images.statistics
         self.batch_size, self.seed, self.world = batch_size, seed, world
         self.steps = min(math.ceil(len(images) / batch_size), limit or len(images))
+        self.views, self.views_seed = views, views_seed
+        self.image_set = images
 
     def __len__(self):
         return self.steps
 
     def __iter__(self):
         return self.epoch(0)
+
+    def views_key(self) -> dict[str, Any]:
+        """Return all that the fixed views depend on."""
+        key = {"images": self.image_set.fingerprint(), "size": self.size, "statistics": self.statistics}
+        return {**key, "augmentation": self.described, "views": self.views, "views_seed": self.views_seed}
+
+    def order(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Generator]:
+        """Return the order of an epoch's images, the view of each position, if views are fixed, and the generator."""
+        generator = generator_of(self.seed, epoch)
+        order = torch.randperm(self.num_images, generator=generator)
+        views = torch.randint(self.views, (self.num_images,), generator=generator) if self.views else None
+        return order, views, generator
 
     def shares(self, start: int) -> Iterator[torch.Tensor]:
         """Yield this rank's positions in the epoch's order at each step from `start` on."""
@@ -92,23 +118,37 @@ class TrainBatches(Epochs):
         super().__init__(images, *order, **more)
         self.images, self.labels = images.pixels.to(self.world.device), images.labels.to(self.world.device)
         self.normalise = Normaliser(images.statistics, self.world.device)
-        self.augmentation, self.size = augmentation, augmentation.size
+        self.augmentation, self.size, self.described = augmentation, augmentation.size, repr(augmentation)
+        if self.views:
+            generators = [generator_of(self.views_seed, view, 1) for view in range(self.views)]
+            self.view_draws = torch.stack([augmentation.draw(len(images), generator) for generator in generators])
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield (images (B, 3, S, S) float32, labels (B,), index (B,)) of this rank from step `start` of `epoch` on."""
-        count, device = self.num_images, self.world.device
-        generator = epoch_generator(self.seed, epoch)
-        order = torch.randperm(count, generator=generator)
-        draws = self.augmentation.draw(count, generator)
+        """Yield (images (B, 3, S, S) float32, labels (B,), index (B,)) of this rank from step `start` of `epoch` on.
+
+        If views are fixed, the views (B,) follow.
+        """
+        order, views, generator = self.order(epoch)
+        draws = self.augmentation.draw(self.num_images, generator) if views is None else self.view_draws[views, order]
         shares = list(self.shares(start))
         if not shares:
             return
         # All steps' indices go to the device at once: a copy in each step would make the host wait.
         at, lengths = torch.cat(shares), [len(share) for share in shares]
-        parts = (rows[at].to(device).split(lengths) for rows in (order, draws))
-        for index, drawn in zip(*parts, strict=True):
-            images = self.augmentation.apply(self.images[index], drawn)
-            yield self.normalise(images), self.labels[index], index
+        rows = (order, draws) if views is None else (order, draws, views)
+        parts = (values[at].to(self.world.device).split(lengths) for values in rows)
+        for index, drawn, *view in zip(*parts, strict=True):
+            yield self.augmented(index, drawn), self.labels[index], index, *view
+
+    def augmented(self, index: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Return the images at `index` (B,), each augmented by its row of `draws`: (B, 3, S, S) float32."""
+        return self.normalise(self.augmentation.apply(self.images[index], draws))
+
+    def read_views(self, blocks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield (images (B, 3, S, S) float32, index (B,), view (B,)) of blocks of (index, view)."""
+        for index, view in blocks:
+            device = self.world.device
+            yield self.augmented(index.to(device), self.view_draws[view, index].to(device)), index, view
 
 
 class TestBatches:
@@ -130,6 +170,12 @@ class TestBatches:
 
     def __len__(self):
         return math.ceil(len(self.labels) / self.batch_size)
+
+    def some(self, count: int) -> "TestBatches":
+        """Return batches of at most `count` images over all processes, evenly spaced."""
+        found, step = copy.copy(self), math.ceil(self.total / count)
+        found.images, found.labels = self.images[::step], self.labels[::step]
+        return found
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):

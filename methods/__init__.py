@@ -16,7 +16,7 @@ from methods.base import Batch as Batch
 from methods.base import Constant, Objective
 from methods.base import Outputs as Outputs
 from methods.base import Predictions as Predictions
-from utils import Checkpoint, UserError
+from utils import Checkpoint, UserError, print_main
 
 
 def defined_in(module: ModuleType) -> type[Objective] | None:
@@ -72,13 +72,17 @@ def add_constants(parser: argparse.ArgumentParser, methods: list[type[Objective]
     groups = {method.name: parser.add_argument_group(f"method {method.name}") for method in methods}
     for flag, users in uses.items():
         first = users[0][1]
+        add = groups[users[0][0].name].add_argument
+        if first.kind is bool:
+            add(flag, action="store_true", default=None, help=first.help)
+            continue
         default = ", ".join(
             f"{options.shown(constant.default)}{' or by family' * bool(constant.family)}"
             + f" for {method.name}" * (len(users) > 1)
             for method, constant in users
         )
         pair = {"nargs": 2, "metavar": ("LOW", "HIGH")} if first.pair else {}
-        groups[users[0][0].name].add_argument(flag, type=first.kind, help=f"{first.help} (default: {default})", **pair)
+        add(flag, type=first.kind, help=f"{first.help} (default: {default})", **pair)
 
 
 def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn_40_2_aux") -> None:
@@ -86,7 +90,10 @@ def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn
     add = parser.add_argument_group("teacher and method").add_argument
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", type=options.path, required=True, help="trained weights of the teacher")
-    options.add_net(add, "--tcheckpoint")
+    options.add_choice(add, "--tcheckpoint")
+    options.add_statistics(add, "teacher-", "of the teacher's images; default: its file's, else the student's")
+    add("--teacher-cache", type=options.path, metavar="DIR", help="store of teachers' outputs; needs --views")
+    add("--cache-dtype", choices=["exact", "float16"], help="of stored outputs (default: exact)")
     add("--method", default="hsakd", help=f"{', '.join(names())}, or FILE.py: what the student learns of the teacher")
     try:
         method = find(options.given(argv, "--method", default="hsakd"))
@@ -95,6 +102,7 @@ def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn
     if "batch_size" in parser.recipe:
         parser.recipe["batch_size"] = method.imagenet_batch
     known = [METHODS[name] for name in names()]
+    options.add_start(parser)
     parser.set_defaults(methods=known if method in known else [*known, method])
     add_constants(parser, parser.get_default("methods"))
 
@@ -130,8 +138,12 @@ def finish(parser: options.Parser, argv: list[str] | None = None) -> argparse.Na
 def finish_online(parser: options.Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line of a script that trains a mutual pair."""
     method = METHODS["hssakd"]
+    options.add_start(parser)
     add_constants(parser, [method])
+    parser.add_argument("--arch2", type=options.architecture, help="second network of a pair of two different ones")
     args = options.finish(parser, argv)
+    if args.arch2:
+        args.arch = "+".join(models.backbone_name(name) for name in (args.arch, args.arch2))
     options.require_pair(parser, args)
     fill_constants(args, method)
     return args
@@ -151,19 +163,26 @@ def constants_of(args: argparse.Namespace, method: type[Objective]) -> dict[str,
     return {name: getattr(args, dest_of(name, constant)) for name, constant in method.constants().items()}
 
 
-def load_teacher(
-    method: type[Objective], arch: str, checkpoint: Checkpoint, num_classes: int, net: int | None = None
-) -> nn.Module:
-    """Return the teacher `arch` with a file's weights: with its heads if the method reads them, else its backbone.
+def load_teacher(args: argparse.Namespace, checkpoint: Checkpoint, num_classes: int, size: int) -> nn.Module:
+    """Return the teacher with a file's weights: with its heads if the method reads them, else its backbone.
 
     UserError if the weights do not fit, or are of another number of classes.
     """
+    method = find(args.method)
     if checkpoint.num_classes != num_classes:
         classes = f"a teacher of {checkpoint.num_classes} classes, but the data set has {num_classes}"
         raise UserError(f"{checkpoint.path}: {classes}")
     if method.reads == "heads" and checkpoint.rotations == 1:
         raise UserError(f"{checkpoint.path}: {method.name} needs a teacher whose heads tell 4 rotations apart, not 1")
-    name = arch if method.reads == "heads" else models.backbone_name(arch)
-    teacher = models.create(name, num_classes, checkpoint.rotations or 4)
-    checkpoint.load_into(teacher, net)
+    name = args.tarch if method.reads == "heads" else models.backbone_name(args.tarch)
+    teacher = options.create(args, name, num_classes, size, checkpoint.rotations or 4)
+    checkpoint.load_into(teacher, args.net)
     return teacher
+
+
+def print_pairs(student: nn.Module, teacher: nn.Module) -> None:
+    """Print how heads are paired if two networks have different numbers of them."""
+    counts = [network.auxiliary_classifier.num_branches for network in (student, teacher)]
+    if counts[0] != counts[1]:
+        heads = f"{counts[0]} auxiliary heads of the student, {counts[1]} of the teacher"
+        print_main(f"{heads}: the {min(counts)} deepest are paired")

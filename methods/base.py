@@ -1,15 +1,18 @@
 """What every method is made of: its constants, what it reads of the networks, and the base class `Objective`."""
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import models
 import options
-from losses import rotate
+from losses import cross_entropy, rotate
+from models.adapted import Adapted
 from utils import unwrap
 
 
@@ -30,17 +33,19 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """One network's outputs: class logits (rows, N), auxiliary logits, each (rows, N * M), and stage features."""
+    """One network's outputs: class logits (rows, N), auxiliary logits, each (rows, N * M), and its features."""
 
     logits: Tensor
     aux_logits: list[Tensor] = []
-    features: list[Tensor] = []
+    features: list[Tensor] = []  # of the stages, each (rows, C, H, W)
+    embedding: Tensor | None = None  # (rows, D): what the classifier sees
 
     def rows(self, rows: slice, images: int) -> "Outputs":
         """Return the outputs of the images in `rows`, of all their views, of outputs for so many images."""
         views = len(self.logits) // images
         rows = slice(rows.start * views, rows.stop * views)
-        return Outputs(self.logits[rows], *([value[rows] for value in values] for values in self[1:]))
+        lists = ([value[rows] for value in values] for values in (self.aux_logits, self.features))
+        return Outputs(self.logits[rows], *lists, None if self.embedding is None else self.embedding[rows])
 
 
 class Predictions(NamedTuple):
@@ -69,6 +74,9 @@ class Constant:
         """Return the default for a teacher and a student, by the names of their architectures."""
         fitting = [key for key in self.family if _fits(key.partition("->"), teacher, student)]
         return self.family[max(fitting, key=len)] if fitting else self.default
+
+
+STANDARDIZE = Constant(False, "standardize both networks' logits before the temperature (CVPR 2024)", kind=bool)
 
 
 def _fits(key: tuple[str, str, str], teacher: str | None, student: str | None) -> bool:
@@ -138,6 +146,15 @@ def predictions(*networks: Outputs) -> Predictions:
     return Predictions(logits, [[aux.detach() for aux in outputs.aux_logits] for outputs in networks])
 
 
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Return the rows of all processes' `tensor`, of one shape in each, joined in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:  # CUDA graphs of one process hold no collective
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
 class Objective:
     """What a training step minimises: named scalar terms whose sum is the loss.
 
@@ -156,8 +173,19 @@ class Objective:
     imagenet_batch = 256  # images of a step on ImageNet, as published
     best_by = "top1"  # what the best epoch is chosen by: the backbone's top-1, or "joint", that of the best head
 
-    def __init__(self, teacher: nn.Module | None = None, **constants: Any):
-        """Take the teacher and the constants, by default those of the teacher's family."""
+    def __init__(
+        self,
+        teacher: nn.Module | None = None,
+        *,
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        **constants: Any,
+    ):
+        """Take the teacher and the constants, by default those of the teacher's family.
+
+        `class_weights` (N,) and `label_smoothing` shape the cross-entropy of class logits; see `cross_entropy`.
+        """
+        self.class_weights, self.label_smoothing = class_weights, label_smoothing
         if self.reads is not None and teacher is None:
             raise TypeError(f"{type(self).__name__} needs a teacher")
         self.teacher = teacher
@@ -179,8 +207,11 @@ class Objective:
             found.update({name: value for name, value in vars(base).items() if isinstance(value, Constant)})
         return found
 
-    def prepare(self, model: nn.Module, images: Tensor) -> None:
-        """Build what depends on the networks' shapes; called once before training, with a few `images` (B, C, H, W)."""
+    def prepare(self, model: nn.Module, images: Tensor, num_images: int = 0) -> None:
+        """Build what depends on the networks' shapes; called once before training, with a few `images` (B, C, H, W).
+
+        `num_images` is the number of the training images, 0 if it is not known.
+        """
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Predictions]:
         """Return the terms and the `Predictions` of a batch."""
@@ -197,6 +228,13 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Return the terms of un-rotated images (B, C, H, W) with labels (B,); see `Batch`."""
         return self.step(model, Batch(images, labels, epoch, index, teacher_outputs))[0]
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of class logits (B, N) and labels (B,), by this objective's weights and smoothing.
+
+        Joint logits of class and rotation have neither.
+        """
+        return cross_entropy(logits, labels, self.class_weights, self.label_smoothing)
 
     def teach(self, batch: Batch) -> Outputs:
         """Return the teacher's outputs for a batch; call it first, while no activations are held."""
@@ -226,13 +264,16 @@ class Objective:
         """Move the teacher, the running state and the trained parts to the device; return self."""
         self.state = {name: value.to(device) for name, value in self.state.items()}
         self.trained.to(device)
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(device)
         if isinstance(self.teacher, nn.Module):
             self.teacher.to(device)
         return self
 
 
 def with_features(model: nn.Module, images: Tensor) -> Outputs:
-    """Return a network's class logits (B, N) and the features of its stages, each (B, C, H, W), shallow to deep."""
+    """Return a network's class logits, its stages' features, shallow to deep, and its embedding; see `Outputs`."""
     model = unwrap(model)
-    features, logits = getattr(model, "backbone", model).forward_features(images)
-    return Outputs(logits, features=features)
+    stages = model.stages if isinstance(model, Adapted) else functools.partial(models.stage_features, model)
+    features, embedding, logits = stages(images)
+    return Outputs(logits, features=features, embedding=embedding)

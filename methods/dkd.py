@@ -1,8 +1,17 @@
 """DKD (Zhao et al., CVPR 2022): KL to the teacher, decoupled into target and non-target classes."""
 
 import options
-from losses import cross_entropy, dkd
-from methods.base import Constant, Objective, Outputs, check_classes, predictions, ramp, split_outputs
+from losses import dkd, standardized
+from methods.base import (
+    STANDARDIZE,
+    Constant,
+    Objective,
+    Outputs,
+    check_classes,
+    predictions,
+    ramp,
+    split_outputs,
+)
 
 # The authors' settings for CIFAR-100, and for ImageNet.
 BETA = {"wrn": 6.0, "wrn->Shuffle": 8.0, "vgg": 6.0, "resnet": 2.0, "resnet8x4": 8.0, "resnet32x4": 8.0}
@@ -21,6 +30,7 @@ class DKD(Objective):
     warmup_epochs = Constant(
         20, "epochs over which the term fades in", options.natural, "--loss-warmup", family={"imagenet": 1}
     )
+    standardize = STANDARDIZE
 
     def step(self, model, batch):
         teacher = self.teach(batch)
@@ -28,7 +38,8 @@ class DKD(Objective):
         check_classes(student, teacher)
         # The published code counts epochs from 1, this project from 0: hence the + 1.
         weight = ramp(batch.epoch + 1, self.warmup_epochs)
-        path = dkd(student.logits, teacher.logits, batch.labels, self.temperature, self.alpha, self.beta)
-        return {"task": cross_entropy(student.logits, batch.labels), "teacher_path": weight * path}, predictions(
-            student
-        )
+        logits = student.logits, teacher.logits
+        pair = (standardized(z) for z in logits) if self.standardize else logits
+        path = dkd(*pair, batch.labels, self.temperature, self.alpha, self.beta)
+        terms = {"task": self.cross_entropy(student.logits, batch.labels), "teacher_path": weight * path}
+        return terms, predictions(student)

@@ -1,16 +1,16 @@
 """DPCD: a dynamically weighted teacher path, and a self path from the student's shallow heads to its deeper ones."""
 
 import torch
-import torch.distributed as dist
 
 import options
-from losses import ced, cross_entropy, dkd, log_two_way, quantile
+from losses import ced, dkd, log_two_way, quantile
 from methods.base import (
     Constant,
     Objective,
     Outputs,
     check_classes,
     check_heads,
+    gather_rows,
     predictions,
     ramp,
     split_outputs,
@@ -72,8 +72,8 @@ class DPCD(Objective):
         pairs = ((deep, shallow) for j, deep in enumerate(heads) for shallow in heads[:j])
         ceds = (ced(deep, shallow, batch.labels, self.ced_temperature, self.ced_beta) for deep, shallow in pairs)
         terms = {
-            "task": cross_entropy(student.logits, batch.labels),
-            "aux": sum_terms((cross_entropy(aux, batch.labels) for aux in student.aux_logits), student.logits),
+            "task": self.cross_entropy(student.logits, batch.labels),
+            "aux": sum_terms((self.cross_entropy(aux, batch.labels) for aux in student.aux_logits), student.logits),
             "teacher_path": ramp(batch.epoch, self.warmup_epochs) * path,
             "self_path": sum_terms(ceds, student.logits),
         }
@@ -100,12 +100,3 @@ class DPCD(Objective):
         theta = torch.where(count >= len(history), quantile(history, self.quantile), self.threshold)
         rho = torch.sigmoid(self.slope * (theta - c_bar))
         return (1 + rho).clamp(*self.alpha_range), (self.beta * (1 - 0.5 * rho)).clamp(*self.beta_range)
-
-
-def gather_rows(tensor):
-    """Return the rows of all processes' `tensor`, of one shape in each, joined in rank order."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:  # CUDA graphs of one process hold no collective
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
-    return torch.cat(parts)

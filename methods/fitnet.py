@@ -4,7 +4,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import options
-from losses import cross_entropy
 from methods.base import Constant, Objective, Outputs, predictions, with_features
 
 
@@ -17,7 +16,7 @@ class FitNet(Objective):
     stage = Constant(2, "stage that is imitated, from 1", options.positive)
     feature_weight = Constant(100.0, "weight of the squared error")
 
-    def prepare(self, model, images):
+    def prepare(self, model, images, num_images=0):
         ours, theirs = (self.chosen(with_features(net, images)) for net in (model, self.teacher))
         self.trained["regressor"] = nn.Conv2d(ours.shape[1], theirs.shape[1], 1)
 
@@ -28,7 +27,7 @@ class FitNet(Objective):
         size = min(imitated.shape[-1], target.shape[-1])  # the larger map is averaged down
         imitated, target = (F.adaptive_avg_pool2d(features, size) for features in (imitated, target))
         terms = {
-            "task": cross_entropy(student.logits, batch.labels),
+            "task": self.cross_entropy(student.logits, batch.labels),
             "features": self.feature_weight * F.mse_loss(imitated.float(), target.float()),
         }
         return terms, predictions(Outputs(student.logits))

@@ -1,8 +1,9 @@
 """HSAKD (Yang et al., IJCAI 2021): the student matches the teacher at every auxiliary head, on four rotated views."""
 
 import options
-from losses import cross_entropy, kl, rotate
+from losses import kl, rotate
 from methods.base import (
+    STANDARDIZE,
     Constant,
     Objective,
     Outputs,
@@ -24,6 +25,7 @@ class HSAKD(Objective):
     reads = "heads"
 
     temperature = Constant(3.0, "temperature", options.above_zero, "--kd_T")
+    standardize = STANDARDIZE
 
     def step(self, model, batch):
         rotations = rotations_of(model)
@@ -35,8 +37,16 @@ class HSAKD(Objective):
         pairs = paired_heads(student.aux_logits, teacher.aux_logits)
         logits = student.logits[::rotations]
         terms = {
-            "task": cross_entropy(logits, batch.labels),
-            "aux_kl": sum_terms((kl(aux, target, self.temperature) for aux, target in pairs), logits),
-            "logit_kl": kl(student.logits, teacher.logits, self.temperature),
+            "task": self.cross_entropy(logits, batch.labels),
+            "aux_kl": sum_terms((self.kl(aux, target) for aux, target in pairs), logits),
+            **self.class_terms(student.logits, teacher.logits),
         }
         return terms, predictions(Outputs(logits, student.aux_logits))
+
+    def class_terms(self, student, teacher):
+        """Return the term of class logits (rows, N) on all views."""
+        return {"logit_kl": self.kl(student, teacher)}
+
+    def kl(self, student, teacher):
+        """Return the KL of logits (rows, N) at the method's temperature."""
+        return kl(student, teacher, self.temperature, self.standardize)

@@ -3,6 +3,7 @@
 import options
 from losses import cross_entropy, joint_labels, kl, rotate
 from methods.base import (
+    STANDARDIZE,
     Constant,
     Objective,
     Outputs,
@@ -22,6 +23,7 @@ class HSSAKD(Objective):
     networks = "pair"
 
     temperature = Constant(3.0, "temperature", options.above_zero, "--kd_T")
+    standardize = STANDARDIZE
 
     def step(self, model, batch):
         rotations = rotations_of(model)
@@ -34,7 +36,7 @@ class HSSAKD(Objective):
         joint, like = joint_labels(batch.labels, rotations), both_logits[0]
         upright = [Outputs(outputs.logits[::rotations], outputs.aux_logits) for outputs in networks]
         terms = {
-            "task": sum_terms((cross_entropy(outputs.logits, batch.labels) for outputs in upright), like),
+            "task": sum_terms((self.cross_entropy(outputs.logits, batch.labels) for outputs in upright), like),
             "aux": sum_terms((cross_entropy(aux, joint) for aux in (*both_aux[0], *both_aux[1])), like),
             "logit_kl": self.mutual_kl(*both_logits),
             "aux_kl": sum_terms((self.mutual_kl(*pair) for pair in paired_heads(*both_aux)), like),
@@ -43,4 +45,5 @@ class HSSAKD(Objective):
 
     def mutual_kl(self, first, second):
         """Return the KL both ways between logits (rows, N), each side's target detached."""
-        return kl(first, second.detach(), self.temperature) + kl(second, first.detach(), self.temperature)
+        pairs = (first, second.detach()), (second, first.detach())
+        return sum(kl(*pair, self.temperature, self.standardize) for pair in pairs)

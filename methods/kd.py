@@ -1,8 +1,8 @@
 """KD (Hinton et al., 2015): the teacher's softened class probabilities beside the labels."""
 
 import options
-from losses import cross_entropy, kl
-from methods.base import Constant, Objective, Outputs, check_classes, predictions, split_outputs
+from losses import kl
+from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_classes, predictions, split_outputs
 
 
 class KD(Objective):
@@ -14,13 +14,15 @@ class KD(Objective):
     temperature = Constant(4.0, "temperature", options.above_zero, "--kd_T", family={"imagenet": 1.0})
     ce_weight = Constant(0.1, "weight of the cross-entropy", family={"imagenet": 0.5})
     kd_weight = Constant(0.9, "weight of the KL term", family={"imagenet": 0.5})
+    standardize = STANDARDIZE  # published with T = 2 and weights 0.1 and 9
 
     def step(self, model, batch):
         teacher = self.teach(batch)
         student = Outputs(split_outputs(model(batch.images)).logits)
         check_classes(student, teacher)
+        distance = kl(student.logits, teacher.logits, self.temperature, self.standardize)
         terms = {
-            "task": self.ce_weight * cross_entropy(student.logits, batch.labels),
-            "logit_kl": self.kd_weight * kl(student.logits, teacher.logits, self.temperature),
+            "task": self.ce_weight * self.cross_entropy(student.logits, batch.labels),
+            "logit_kl": self.kd_weight * distance,
         }
         return terms, predictions(student)

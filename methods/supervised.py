@@ -1,6 +1,5 @@
 """Plain training: the baseline that a distilled student is measured against."""
 
-from losses import cross_entropy
 from methods.base import Objective, Outputs, predictions, split_outputs
 
 
@@ -11,4 +10,4 @@ class Supervised(Objective):
 
     def step(self, model, batch):
         logits = split_outputs(model(batch.images)).logits
-        return {"task": cross_entropy(logits, batch.labels)}, predictions(Outputs(logits))
+        return {"task": self.cross_entropy(logits, batch.labels)}, predictions(Outputs(logits))

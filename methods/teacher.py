@@ -22,6 +22,7 @@ class Teacher(Objective):
         logits, joint = outputs.logits[::rotations], joint_labels(batch.labels, rotations)
         terms = {}
         if not getattr(unwrap(model), "frozen", False):
-            terms["task"] = cross_entropy(logits, batch.labels)
-        terms["aux"] = sum_terms((cross_entropy(aux, joint) for aux in outputs.aux_logits), logits)
+            terms["task"] = self.cross_entropy(logits, batch.labels)
+        heads = self.cross_entropy if rotations == 1 else cross_entropy
+        terms["aux"] = sum_terms((heads(aux, joint) for aux in outputs.aux_logits), logits)
         return terms, predictions(Outputs(logits, outputs.aux_logits))

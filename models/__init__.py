@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from models import external, hub, mobilenetv2, resnet, resnet_cifar, shufflenetv1, shufflenetv2, vgg, wrn
-from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, MutualPair, embed, stage_features
+from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, MutualPair, stage_features
 from models.external import attach_auxiliary, read_stages
-from models.hub import hub_weights, is_file, normalisation
+from models.hub import hub_weights, is_external, is_file, normalisation
 from models.layers import Backbone
 from models.stages import Stages
 
@@ -26,9 +26,9 @@ __all__ = [
     "backbone_name",
     "create",
     "create_pair",
-    "embed",
     "hub_weights",
     "is_aux",
+    "is_external",
     "is_file",
     "is_imagenet",
     "is_pair",

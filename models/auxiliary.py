@@ -152,20 +152,15 @@ class MutualPair(nn.Module):
         return [logits1, logits2], [aux_logits1, aux_logits2]
 
 
-def stage_features(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return the feature maps (B, C, H, W) of a network's stages, shallow to deep, and its logits (B, N).
+def stage_features(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return the feature maps (B, C, H, W) of a network's stages, shallow to deep, its embedding (B, D) and its logits.
 
     `net` is a backbone of `models`, an `AuxiliaryNet` or a network whose stages `models.read_stages` has found.
     """
     net = net.backbone if isinstance(net, AuxiliaryNet) else net
-    taps, logits = taps_of(net, x)
-    if (reader := vars(net).get("stage_reader")) is not None:
-        taps = [as_map(tap, layout) for tap, layout in zip(taps, reader.layouts, strict=True)]
-    return taps, logits
-
-
-def embed(net: nn.Module, x: Tensor) -> Tensor:
-    """Return what the classifier of a backbone reads, pooled to (B, D); `net` as for `stage_features`."""
-    net = net.backbone if isinstance(net, AuxiliaryNet) else net
-    reader = vars(net).get("stage_reader")
-    return net.embed(x) if reader is None else pooled(reader(net, x)[1])
+    if (reader := vars(net).get("stage_reader")) is None:
+        taps, embedding = net.features(x)
+        return taps, embedding, net.head(embedding)
+    taps, embedding, logits = reader(net, x)
+    maps = [as_map(tap, layout) for tap, layout in zip(taps, reader.layouts, strict=True)]
+    return maps, pooled(embedding), logits

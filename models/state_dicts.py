@@ -1,5 +1,6 @@
 """The layouts in which weights are found: what a file's dict holds, what of it is a network's, and whether it fits."""
 
+import hashlib
 import os
 import re
 
@@ -65,6 +66,15 @@ def clean(state: dict) -> tuple[dict[str, Tensor], list[str]]:
     return weights, counters
 
 
+def digest(state: dict[str, Tensor]) -> str:
+    """Return a short text that tells weights apart by their names and values."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def widths(state: dict[str, Tensor], num_classes: int | None = None) -> tuple[int, int | None]:
     """Return the number of classes, and the views that the heads tell apart (None for a plain backbone).
 
@@ -98,6 +108,13 @@ def part_of(state: dict[str, Tensor], expected: dict[str, Tensor], net: int = 1)
     return state
 
 
+def keep_classifier(state: dict[str, Tensor], own: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
+    """Return `state` with a network's `own` classifier in place of one of another number of `classes`."""
+    others = [name for name in state.keys() & own.keys() if state[name].shape != own[name].shape]
+    last = [name for name in others if [classes, *own[name].shape[1:]] == list(state[name].shape)]
+    return {**state, **{name: own[name] for name in last}}
+
+
 def load(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load `state` into `model`, strictly; ValueError names the first keys that do not fit."""
     expected = model.state_dict()
@@ -109,5 +126,8 @@ def load(model: nn.Module, state: dict[str, Tensor]) -> None:
         shapes = [f"{k} {list(state[k].shape)} instead of {list(expected[k].shape)}" for k in wrong]
         parts = [("wrong shape", shapes), ("missing", missing), ("unexpected", unexpected)]
         listed = "; ".join(f"{what}: {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for what, keys in parts if keys)
+        outer = sorted({key.partition(".")[0] for key in state})
+        if len(unexpected) == len(state) and 1 < len(outer) < 4:  # such as a student and its teacher
+            listed += f"; --weights-key chooses of {', '.join(outer)}"
         raise ValueError(f"weights do not fit {getattr(model, 'arch', type(model).__name__)}: {listed}")
     model.load_state_dict({**{k: v for k, v in expected.items() if k not in state}, **state}, strict=True)

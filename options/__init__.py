@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import models
-import utils
+from options.data import add_augmentation, add_data, add_statistics, check_data, recorded_keep, test_settings
+from options.networks import add_networks, create, named, own_statistics
 from options.parser import (
-    DATASETS,
     Parser,
     above_zero,
     architecture,
     below_one,
-    dataset,
     given,
     gpu_ids,
     natural,
     not_negative,
+    part,
     path,
     positive,
     seed,
@@ -29,26 +29,24 @@ from options.parser import (
 )
 
 __all__ = ["Parser", "above_zero", "architecture", "below_one", "given", "natural", "not_negative", "path", "positive"]
-__all__ += ["share", "shown"]
+__all__ += ["add_networks", "add_statistics", "create", "named", "own_statistics", "share", "shown", "test_settings"]
 
 # As published: the light networks start at 0.01, all others at 0.05.
 LIGHT_NETWORKS = ("mobilenet", "mbv2", "shuffle")
 
 
-def base_parser(script: str, description: str, arch: str, dataset_name: str = "cifar100") -> Parser:
+def base_parser(script: str, description: str, arch: str | None, dataset_name: str = "cifar100") -> Parser:
     """Return a parser with the flags that every script reads: data, network, device. `script` is its file."""
     parser = Parser(description, prog=Path(script).name)
     parser.set_defaults(script=Path(script).stem)
-    add = parser.add_argument_group("data").add_argument
-    add("--data", type=path, default="./data", help="folder of the data set (default: %(default)s)")
-    add("--dataset", type=dataset, default=dataset_name, help=f"{', '.join(DATASETS)} (default: %(default)s)")
-    add("--batch-size", type=positive, default=64, help="images a step, over all processes (default: 64, ImageNet 256)")
-    add("--limit-batches", type=positive, help="for a quick trial: stop a pass after so many batches")
-    readers = min(4, utils.available_cores())
-    add("--num-workers", type=natural, default=readers, help="readers of images in each process (default: %(default)s)")
-    add("--skip-bad-images", action="store_true", help="skip unreadable images of a folder, and name them")
+    add_data(parser, dataset_name)
     add = parser.add_argument_group("network and device").add_argument
-    add("--arch", type=architecture, default=arch, help="network, such as wrn_16_2_aux (default: %(default)s)")
+    add(
+        "--arch",
+        type=architecture,
+        default=arch,
+        help=f"network, such as wrn_16_2_aux (default: {arch or 'that of the file'})",
+    )
     add("--gpu-id", type=gpu_ids, help="GPU to use, or several: 0,1,2,3")
     precisions = ["auto", "off", "bf16", "fp16"]
     add("--amp", choices=precisions, default="auto", help="precision; auto: 16 bits on hardware that has them")
@@ -78,12 +76,18 @@ def training_parser(
     add("--milestones", type=positive, nargs="+", help=f"epochs at which the rate is x0.1 (default: {listed})")
     add("--warmup-epoch", type=natural, default=0, help="epochs of linear warm-up before the schedule (default: 0)")
     add("--val-split", type=below_one, default=0.0, help="select the best epoch on this share of the training images")
+    average = "share of the old weights in a moving average of them, tested and saved too, such as 0.999"
+    add("--ema-decay", type=part, metavar="SHARE", help=average)
+    add("--class-weights", choices=["balanced"], help="weigh the classes of the hard labels by their images")
+    add("--label-smoothing", type=below_one, default=0.0, help="share of the hard labels spread over all classes")
     add("--accumulate", type=positive, default=1, help="parts that a batch is computed in, to save memory")
     add("--compile", action="store_true", help="compile the training step")
     add = parser.add_argument_group("run folder").add_argument
     add("--checkpoint-dir", type=path, default="./checkpoint", help="folder of the run folders (default: %(default)s)")
     add("--tag", type=tag, help="suffix of the run folder's name")
     add("--resume", action="store_true", help="resume the run in the run folder")
+    listed = "with --resume, settings that change from here on, such as init_lr=0.01"
+    add("--override", nargs="+", metavar="NAME=VALUE", help=listed)
     add("--evaluate", action="store_true", help="test the run folder's best weights and stop")
     add("--save-minutes", type=above_zero, default=15, help="minutes between saves inside an epoch (default: 15)")
     parser.set_defaults(milestones=list(milestones))
@@ -103,9 +107,25 @@ def add_distributed(parser: Parser) -> None:
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes")
 
 
-def add_net(add: Callable, weights: str) -> None:
-    """Add, by a parser's or group's `add_argument`, the network meant if the file of the flag `weights` is a pair's."""
+def add_choice(add: Callable, weights: str) -> None:
+    """Add which weights of the flag `weights` are meant if its file holds several."""
     add("--net", type=int, choices=[1, 2], help=f"network of a mutual pair's {weights}; default: the better one")
+    add_weights_key(add, weights)
+
+
+def add_weights_key(add: Callable, weights: str) -> None:
+    """Add the name of the weights meant if the file of the flag `weights` holds several."""
+    add("--weights-key", metavar="KEY", help=f"name of the weights in a {weights} that holds several; default: EMA's")
+
+
+def add_start(parser: Parser) -> None:
+    """Add what shapes a network that is trained, what it starts from, and how its images are augmented."""
+    add_networks(parser)
+    add_augmentation(parser)
+    add = parser.add_argument_group("start").add_argument
+    add("--pretrained-backbone", type=path, help="weights of the backbone to start from, also of other classes")
+    if "--weights-key" not in parser._option_string_actions:
+        add_weights_key(add, "--pretrained-backbone")
 
 
 def add_few_ratio(parser: Parser, default: float | None = None) -> None:
@@ -115,8 +135,8 @@ def add_few_ratio(parser: Parser, default: float | None = None) -> None:
 
 def add_freezing(parser: Parser) -> None:
     """Add the flags of a teacher script: its heads, and whether they alone train, on a backbone that stays as it is."""
+    add_start(parser)
     add = parser.add_argument_group("teacher").add_argument
-    add("--pretrained-backbone", type=path, help="weights of the backbone to start from")
     add("--rotations", type=int, choices=[1, 4], default=4, help="views that a head tells apart (DPCD: 1)")
     add("--freezed", action="store_true", help="keep the backbone as it is (CIFAR: 100 epochs, x0.1 at 30/60/90)")
 
@@ -144,6 +164,9 @@ def check_freezing(parser: Parser, args: argparse.Namespace) -> None:
 def finish(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse `argv` and fill in the recipe's defaults; a mistake is one line and exit status 2."""
     args = parser.parse_args(argv)
+    if getattr(args, "override", None):
+        args = parser.overridden(argv, args)
+    check_data(parser, args)
     if "optimizer" not in args:
         return args
     if args.optimizer == "sgd":
@@ -195,22 +218,25 @@ def run_name(args: argparse.Namespace) -> str:
     return "_".join(parts) + f"_seed{args.manual_seed}" + (f"_{args.tag}" if args.tag else "")
 
 
-def test_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the keyword arguments of `imagesets.load_test` that the command line gives."""
-    return {
-        "name": args.dataset,
-        "root": args.data,
-        "batch_size": args.batch_size,
-        "workers": args.num_workers,
-        "limit": args.limit_batches,
-        "skip_bad_images": args.skip_bad_images,
-    }
+def run_folder(args: argparse.Namespace) -> str:
+    """Return the path of the run folder."""
+    return os.path.join(args.checkpoint_dir, run_name(args))
 
 
 def data_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the keyword arguments of `imagesets.load` that the command line gives."""
-    few_ratio = getattr(args, "few_ratio", None)
-    return {**test_settings(args), "seed": args.manual_seed, "val_split": args.val_split, "few_ratio": few_ratio}
+    """Return the keyword arguments of `imagesets.load` that the command line gives, or else the run that is resumed."""
+    keep = recorded_keep(run_folder(args)) if args.resume else None
+    more = {"seed": args.manual_seed, "val_split": args.val_split, "few_ratio": getattr(args, "few_ratio", None)}
+    more |= {"augment": getattr(args, "augment", None), "flip": False if getattr(args, "no_flip", False) else None}
+    more |= {"views": getattr(args, "views", None), "views_seed": getattr(args, "views_seed", 0)}
+    own = own_statistics(args.arch) if args.dataset in ("imagefolder", "imagenet") else {}
+    return {"keep": keep, **own, **test_settings(args), **more}
+
+
+def loss_settings(args: argparse.Namespace, data: Any) -> dict[str, Any]:
+    """Return the keyword arguments of an objective by which the command line shapes its cross-entropy on `data`."""
+    weights = {"class_weights": data.class_weights} if args.class_weights else {}
+    return {**weights, **({"label_smoothing": args.label_smoothing} if args.label_smoothing else {})}
 
 
 def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -219,12 +245,14 @@ def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
     multistep = {"milestones": args.milestones} if args.schedule == "multistep" else {}
     same = ("epochs", "optimizer", "schedule", "weight_decay", "amp", "accumulate", "compile", "sync_bn", "resume")
     return {
-        **{name: getattr(args, name) for name in (*same, "evaluate", "save_minutes", "dist_timeout")},
+        **{name: getattr(args, name) for name in (*same, "evaluate", "save_minutes", "dist_timeout", "ema_decay")},
         **sgd,
         **multistep,
         "lr": args.init_lr,
         "warmup": args.warmup_epoch,
         "seed": args.manual_seed,
-        "folder": os.path.join(args.checkpoint_dir, run_name(args)),
+        "folder": run_folder(args),
         "settings": vars(args),
+        "teacher_cache": getattr(args, "teacher_cache", None),
+        "cache_dtype": getattr(args, "cache_dtype", None) or "exact",
     }

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import models
+import utils
 
 DATASETS = ["cifar100", "cifar10", "digits", "tinyimagenet", "stl10", "imagefolder", "imagenet"]
 # Flags of other projects, and those that mean the same here.
@@ -53,11 +54,28 @@ class Parser(argparse.ArgumentParser):
         if not name.startswith("--"):
             return word
         plain = name.replace("_", "-")
-        if plain in SYNONYMS and name not in self._option_string_actions:
-            self.error(f"unknown flag {name}: here it is {SYNONYMS[plain]}")
         known = [flag for flag in self._option_string_actions if flag.replace("_", "-").startswith(plain)]
+        if plain in SYNONYMS and len(known) != 1 and name not in known:
+            self.error(f"unknown flag {name}: here it is {SYNONYMS[plain]}")
         exact = [flag for flag in known if len(flag) == len(plain)]
         return (exact or known or [name])[0][: len(plain)] + equals + value
+
+    def overridden(self, argv: list[str] | None, args: argparse.Namespace) -> argparse.Namespace:
+        """Return the arguments of `argv` with the settings NAME=VALUE of --override; `override` becomes their names."""
+        if not args.resume:
+            self.error("--override needs --resume: it changes a setting of the run that is resumed")
+        flags = {a.dest: a for a in self._actions if a.nargs != 0 and a.option_strings and a.dest != "override"}
+        words, names = list(sys.argv[1:] if argv is None else argv), []
+        for text in args.override:
+            name, _, value = text.partition("=")
+            if name not in flags or not value:
+                near = difflib.get_close_matches(name, flags, 3)
+                self.error(f"--override {text}: expected NAME=VALUE of a setting; nearest: {', '.join(near) or 'none'}")
+            words += [flags[name].option_strings[0], *(value.split(",") if flags[name].nargs else [value])]
+            names.append(name)
+        args = self.parse_args(words)
+        args.override = names
+        return args
 
 
 def shown(value: Any) -> str:
@@ -93,7 +111,22 @@ seed = checked(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= valu
 above_zero = checked(float, "a number above 0", lambda value: 0 < value < 1e30)
 not_negative = checked(float, "a number of at least 0", lambda value: 0 <= value < 1e30)
 below_one = checked(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+part = checked(float, "a share above 0 and below 1", lambda value: 0 < value < 1)
 share = checked(float, "a share above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def statistic(text: str) -> float | str:
+    """Check a mean or a standard deviation of pixels on the scale 0 to 1, or the word auto."""
+    return text if text == "auto" else checked(float, "a number from 0 to 1, or auto", lambda x: 0 <= x <= 1)(text)
+
+
+def line_list(file: str) -> list[str]:
+    """Return the lines of a text file, without empty ones."""
+    try:
+        with open(path(file), encoding="utf-8-sig") as opened:
+            return [line.strip() for line in opened if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {file} ({utils.first_line(error)})") from None
 
 
 def architecture(name: str) -> str:

@@ -28,8 +28,9 @@ TRAINING = (
 
 @contextmanager
 def own_signal_handlers():
-    """Put back the signal handlers that a script sets."""
-    handlers = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
+    """Start with the signal handlers of a process in a terminal, and put back those that there were."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in launch.STOP_SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:

@@ -189,14 +189,14 @@ def test_number_of_taps_and_of_layers():
 def test_stage_features_of_any_network_are_maps():
     images = torch.randn(2, 3, 32, 32)
     for net in (models.create("resnet8", 10), models.create("resnet8_aux", 10)):
-        features, logits = models.stage_features(net, images)
+        features, _, logits = models.stage_features(net, images)
         assert [tuple(found.shape[1:]) for found in features] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
     vit = torchvision.models.VisionTransformer(32, 8, 4, 2, 16, 32, num_classes=10).eval()
     models.read_stages(vit, SMALL, taps=2)
-    features, logits = models.stage_features(vit, images)
+    features, embedding, logits = models.stage_features(vit, images)
     assert [tuple(found.shape) for found in features] == [(2, 16, 4, 4)] * 2
     assert torch.equal(logits, vit(images))
-    assert models.embed(vit, images).shape == (2, 16)
+    assert embedding.shape == (2, 16)
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet10t", "nets/own.py:build", "wrn_16_2"])
@@ -310,7 +310,7 @@ def test_two_classifiers_of_one_embedding_are_no_doubt():
             return self.fc(x.relu()) + self.fc(x * self.scale)
 
     network = models.attach_auxiliary(TwoNorms(), 10, example=SMALL, fresh=TwoNorms)
-    assert models.embed(network, SMALL).shape == (1, 32)
+    assert models.stage_features(network, SMALL)[1].shape == (1, 32)
 
 
 def test_a_named_classifier_settles_which_embedding_is_meant():

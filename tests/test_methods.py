@@ -1,104 +1,290 @@
-"""The methods beside HSAKD in the one harness: online mutual pairs, DPCD, KD, DKD and few-shot, on the digits."""
+"""Methods and the Trainer from Python and by the scripts: constants, flags, own networks, own methods, resumption."""
 
-import gc
 import json
-import re
+import os
+import signal
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from scripts import QUICK, QUICK_RUN, log_lines, run, save_teacher, seen, status
-from sklearn.datasets import load_digits
-from sklearn.model_selection import StratifiedShuffleSplit
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-import datasets
-import engine
 import methods
 import models
-import published
-import report
 import train_student_cifar
 import utils
+from scripts import QUICK, QUICK_RUN, log_lines, parsed, run, save_teacher, status
+from training import Trainer, launch
+from training.optim import rate_factor
 
 SEED = "dataset_digits_seed0"
 
 
-@pytest.fixture(scope="module")
-def pair_folder(tmp_path_factory):
-    """Train a mutual pair for three epochs; return its run folder."""
-    root = tmp_path_factory.mktemp("online")
-    run("train_online_kd_cifar", "--arch", "resnet8_resnet8", *QUICK, "--epochs", 3, "--checkpoint-dir", root)
-    return root / f"train_online_kd_cifar_arch_resnet8_resnet8_{SEED}"
+class Small(nn.Module):
+    """A network of four classes that is in no list."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, images):
+        return self.fc(self.norm(self.conv(images)).relu().mean((2, 3)))
 
 
-@pytest.fixture
-def teacher(tmp_path):
-    """Return untrained weights of a teacher with four views."""
-    return save_teacher(tmp_path / "teacher.pth.tar")
+def loader(count=32, shuffle=True, kind=DataLoader):
+    """Return a plain DataLoader of images whose class is the brightness of their channels."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 4
+    shades = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])[labels]
+    images = shades[:, :, None, None] + 0.3 * torch.randn(count, 3, 8, 8, generator=generator)
+    return kind(TensorDataset(images, labels), batch_size=8, shuffle=shuffle)
 
 
-def measure(capsys, *argv):
-    """Return the JSON object that test_model.py prints."""
-    capsys.readouterr()
-    run("test_model", "--dataset", "digits", "--amp", "off", "--json", *argv)
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+class Stopping(DataLoader):
+    """A DataLoader in whose third epoch the run is asked to stop."""
+
+    epochs = 0
+
+    def __iter__(self):
+        self.epochs += 1
+        for number, batch in enumerate(super().__iter__()):
+            if (self.epochs, number) == (3, 2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
 
-def test_both_networks_are_logged_and_the_best_is_named(pair_folder):
-    """`test/top1` is the better network's, and the best epoch says which network that was."""
-    lines = log_lines(pair_folder)
-    for line in lines:
-        both = [line["test/net1/top1"], line["test/net2/top1"]]
-        assert line["test/top1"] == max(both) and line["test/net"] == 1 + (both[1] > both[0])
-        assert {"train/net1/top1", "train/net2/top1", "train/logit_kl", "train/aux_kl"} <= line.keys()
-        chosen = lines[line["best/epoch"] - 1]
-        assert (line["best/top1"], line["best/net"]) == (chosen["test/top1"], chosen["test/net"])
-    for name in ("resnet8_resnet8.pth.tar", "resnet8_resnet8_best.pth.tar"):
-        best = utils.read_checkpoint(pair_folder / name)["best"]
-        assert best["net"] in (1, 2)
-    assert best["net"] == lines[best["epoch"] - 1]["test/net"]
+def network(seed=0):
+    """Return a freshly initialised small network."""
+    torch.manual_seed(seed)
+    return Small()
 
 
-def test_held_out_images_choose_the_network_of_a_pair(tmp_path, monkeypatch, capsys):
-    """Its accuracy on the test images is what is told, also where the other network's is better there."""
-    given = iter([{"net1/top1": 20.0, "net2/top1": 50.0}, {"net1/top1": 80.0, "net2/top1": 40.0}] * 2)
-
-    def evaluate(model, batches, device, dtype=None, heads=False, net=None):
-        accuracies = next(given)
-        net = net or max((1, 2), key=lambda number: accuracies[f"net{number}/top1"])
-        return {**accuracies, "top1": accuracies[f"net{net}/top1"], "net": net}
-
-    monkeypatch.setattr(engine, "evaluate", evaluate)
-    argv = [*QUICK_RUN, "--arch", "resnet8_resnet8", "--val-split", "0.2", "--checkpoint-dir", tmp_path]
-    run("train_online_kd_cifar", *argv)
-    said = "best top-1 40.00 at epoch 1 of network 2 (selected on held-out training images, 50.00 there), last 40.00"
-    assert said in capsys.readouterr().out
-    (line,) = log_lines(next(tmp_path.iterdir()))
-    assert (line["val/net"], line["test/net"], line["test/top1"], line["best/net"]) == (2, 2, 40.0, 2)
-    next(given)
-    run("train_online_kd_cifar", *argv, "--evaluate")
-    assert "top1 40.00, net 2" in capsys.readouterr().out
+def trainer(train=None, **settings):
+    """Return a Trainer of a small network in float32."""
+    settings = {"epochs": 4, "amp": "off", **settings}
+    return Trainer(network(), methods.KD(network(1)), train=train or loader(), test=loader(16, False), **settings)
 
 
-@pytest.mark.parametrize("net", [1, 2])
-def test_exported_backbone_is_the_network_of_the_pair(pair_folder, tmp_path, capsys, net):
-    """To the same accuracy as in the pair, to the same bits, and accepted as any baseline's weights are."""
-    weights, exported = pair_folder / "resnet8_resnet8.pth.tar", tmp_path / "backbone.pth.tar"
-    chosen = ("--student-weights", weights, "--net", net, "--export-backbone", exported)
-    limit = ("--limit-batches", 2, "--batch-size", 4)
-    of_pair = measure(capsys, "--arch", "resnet8_resnet8", *chosen, *limit)
-    alone = measure(capsys, "--arch", "resnet8", "--student-weights", exported, *limit)
-    assert of_pair["top1"] == alone["top1"] == log_lines(pair_folder)[-1][f"test/net{net}/top1"]
-    state, network = utils.read_checkpoint(weights)["net"], models.create("resnet8", 10)
-    content, origin = utils.load_weights(network, exported), utils.read_checkpoint(weights)
-    assert all(content[key] == origin[key] for key in ("epoch", "num_classes", "dataset", "size", "data"))
-    assert content["acc"] is None and content["arch"] == "resnet8"  # not of all images
-    assert all(torch.equal(value, state[f"net{net}.backbone.{key}"]) for key, value in network.state_dict().items())
+def test_a_network_of_ones_own_is_trained_without_a_command_line_and_without_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train, test, teacher, student = loader(), loader(16, shuffle=False), network(0), network(1)
+    Trainer(teacher, methods.Supervised(), train=train, test=test, epochs=12, lr=0.3).fit()
+    objective = methods.KD(teacher, temperature=2.0)
+    best = Trainer(student, objective, train=train, test=test, epochs=12, lr=0.3, schedule="cosine").fit()
+    assert best["top1"] == best["value"] == 100 and 1 <= best["epoch"] <= 12
+    assert not list(tmp_path.iterdir())
 
 
-def test_pairs_only(tmp_path, capsys):
-    assert status("train_online_kd_cifar", "--arch", "resnet8_aux", *QUICK_RUN, "--checkpoint-dir", tmp_path) == 2
-    assert "resnet8_resnet8" in capsys.readouterr().err
+CHOICES = {
+    "sgd": {"lr": 0.1, "milestones": (3,)},
+    "adamw, cosine": {"optimizer": "adamw", "schedule": "cosine", "warmup": 1},
+    "callables": {
+        "optimizer": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01, momentum=0.9),
+        "schedule": lambda progress: 1 - progress,
+    },
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_stopped_run_resumes_bit_exactly(choice, tmp_path):
+    """With each optimizer and schedule, at the last finished epoch of a plain DataLoader; from memory as well."""
+    whole = trainer(**CHOICES[choice])
+    best = whole.fit()
+    with pytest.raises(launch.Preempted):
+        trainer(loader(kind=Stopping), folder=tmp_path, **CHOICES[choice]).fit()
+    saved = utils.Checkpoint(tmp_path / "Small.pth.tar").content
+    assert saved["epoch"] == 2
+    resumed = trainer(folder=tmp_path, resume=True, **CHOICES[choice])
+    loaded = trainer(**CHOICES[choice])
+    loaded.load_state_dict(saved)
+    for continued in (resumed, loaded):
+        assert continued.fit() == best
+        assert_equal(continued.model.state_dict(), whole.model.state_dict())
+    assert len(log_lines(tmp_path)) == 4
+
+
+def assert_equal(found, expected):
+    """Assert that two dicts of tensors are equal bit by bit."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_momentum_of_another_memory_order_trains_to_the_same_weights(amp):
+    first = trainer(epochs=2, amp=amp)
+    first.fit()
+    state, finished = first.state_dict(), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for entry in state["optimizer"]["state"].values():
+            momentum = entry["momentum_buffer"]
+            entry["momentum_buffer"] = momentum.to(memory_format=layout) if momentum.dim() == 4 else momentum
+        finished.append(trainer(epochs=4, amp=amp))
+        finished[-1].load_state_dict(state)
+        finished[-1].fit()
+    assert_equal(*(found.model.state_dict() for found in finished))
+
+
+def test_another_optimizers_state_is_refused(tmp_path):
+    first = trainer(epochs=1, folder=tmp_path)
+    first.fit()
+    state = first.state_dict()
+    with pytest.raises(ValueError):
+        trainer(optimizer="adamw").load_state_dict(state)
+    with pytest.raises(utils.UserError):
+        trainer(optimizer="adamw", folder=tmp_path, resume=True)
+    entry = state["optimizer"]["state"][0]
+    entry["momentum_buffer"] = entry["momentum_buffer"][:1]  # would broadcast
+    with pytest.raises(ValueError):
+        trainer().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "adamw", "momentum": 0.9},
+        {"optimizer": torch.optim.Adagrad, "lr": 0.1},
+        {"schedule": lambda progress: 1.0, "milestones": (2,)},
+    ],
+)
+def test_settings_without_a_part_in_an_optimizer_or_schedule_are_refused(settings):
+    with pytest.raises(ValueError):
+        trainer(**settings)
+
+
+def test_rate_factor_by_hand():
+    """The warm-up's first step counts as done, and it shifts the milestones; a callable is given the progress."""
+
+    def factors(schedule, **settings):
+        return [rate_factor(schedule, epoch, 1, 4, epochs=10, **settings) for epoch in range(10)]
+
+    expected = [1, 1, 1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01, 0.01]
+    assert factors("multistep", milestones=(3, 5)) == pytest.approx(expected)
+    expected = [0.25, 0.75, 1, 1, 1, 0.1, 0.1, 0.01, 0.01, 0.01]
+    assert factors("multistep", milestones=(3, 5), warmup=2) == pytest.approx(expected)
+    progress = torch.tensor([(epoch + 0.25) / 10 for epoch in range(10)], dtype=torch.float64)
+    assert factors("cosine") == pytest.approx((0.5 + 0.5 * torch.cos(torch.pi * progress)).tolist())
+    assert factors(lambda progress: progress) == pytest.approx(progress.tolist())
+    assert rate_factor("cosine", 5, 0, 4, epochs=10, warmup=5) == 1
+
+
+def test_the_best_teacher_has_the_best_joint_head_the_first_of_equals(tmp_path, monkeypatch):
+    """`acc` is the backbone's top-1 of its epoch all the same."""
+    tests = [(50.0, 20.0, 10.0), (40.0, 25.0, 30.0), (60.0, 30.0, 29.0), (70.0, 29.0, 29.0)]
+    records = iter([{"top1": a, "aux1_joint": b, "aux2_joint": c} for a, b, c in tests])
+    monkeypatch.setattr("training.trainer.evaluate", lambda *_, **__: dict(next(records)))
+    model = models.create("resnet8_aux", 4)
+    run = Trainer(model, methods.Teacher(), train=loader(8), test=loader(8), epochs=4, amp="off", folder=tmp_path)
+    assert run.fit() == {"epoch": 2, "value": 30.0, "top1": 40.0, "net": None}
+    for name, accuracy in (("resnet8_aux_best", 40.0), ("resnet8_aux", 70.0)):
+        saved = utils.Checkpoint(tmp_path / f"{name}.pth.tar").content
+        assert (saved["acc"], saved["best"]["value"], saved["best_by"]) == (accuracy, 30.0, "joint")
+
+
+def test_a_method_that_needs_numbers_refuses_batches_without():
+    class Indexed(methods.Supervised):
+        needs_index = True
+
+    with pytest.raises(utils.UserError):
+        Trainer(network(), Indexed(), train=loader(), test=loader(), epochs=1).fit()
+
+
+DPCD = {
+    "temperature": 3.0,
+    "ced_temperature": 3.0,
+    "beta": 6.0,
+    "alpha_range": [0.5, 2.0],
+    "warmup_epochs": 20,
+    "ema": 0.9,
+    "history": 2000,
+    "threshold": 0.6,
+    "quantile": 0.65,
+    "slope": 18.0,
+    "ced_beta": 8.0,
+}
+KD = {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9, "standardize": False}
+DKD = {"temperature": 4.0, "alpha": 1.0, "warmup_epochs": 20, "standardize": False}
+HSAKD = {"temperature": 3.0, "standardize": False}
+FITNET = {"stage": 2, "feature_weight": 100.0}
+
+
+def constants(script, *words):
+    """Return the constants that a student script gives its method."""
+    args = parsed(script, "--tcheckpoint", "t.pth", *words)
+    found = methods.constants_of(args, methods.find(args.method))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("tarch", "arch", "beta_range", "dkd_beta"),
+    [
+        ("wrn_40_2", "wrn_16_2", [5.0, 8.0], 6.0),
+        ("wrn_40_2", "ShuffleV1", [5.0, 8.0], 8.0),
+        ("vgg13_bn", "vgg8_bn", [5.0, 8.0], 6.0),
+        ("vgg13_bn", "mobilenetV2", [5.0, 8.0], 6.0),
+        ("resnet56", "resnet20", [1.0, 4.0], 2.0),
+        ("resnet32x4", "resnet8x4", [6.0, 10.0], 8.0),
+        ("resnet32x4", "ShuffleV2", [6.0, 10.0], 8.0),
+        ("ResNet50", "mobilenetV2_s2", [6.0, 10.0], 8.0),
+    ],
+)
+def test_published_constants(tarch, arch, beta_range, dkd_beta):
+    """Those of DPCD and DKD follow the families."""
+    pair = ("train_student_cifar", "--tarch", f"{tarch}_aux", "--arch", f"{arch}_aux", "--method")
+    expected = {"kd": KD, "hsakd": HSAKD, "fitnet": FITNET}
+    expected |= {"dkd": DKD | {"beta": dkd_beta}, "dpcd": DPCD | {"beta_range": beta_range}}
+    assert {name: constants(*pair, name) for name in expected} == expected
+
+
+def test_imagenets_constants():
+    kd = {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}
+    dkd = {"temperature": 1.0, "beta": 0.5, "warmup_epochs": 1}
+    dpcd = {"temperature": 1.0, "beta": 0.5, "beta_range": [0.4, 1.0], "history": 20000, "warmup_epochs": 0}
+    dpcd |= {"ced_beta": 2.0}
+    expected = {"hsakd": HSAKD, "kd": KD | kd, "dkd": DKD | dkd, "dpcd": DPCD | dpcd}
+    assert {name: constants("train_student_imagenet", "--method", name) for name in expected} == expected
+    large = ("--tarch", "resnet50_imagenet_aux", "--method", "dkd")
+    assert constants("train_student_imagenet", *large)["beta"] == 2.0
+
+
+def test_constants_from_python_follow_the_teachers_family():
+    """Read off its `arch`; a teacher without one has the general default, and a given constant wins."""
+    wrn = SimpleNamespace(arch="wrn_40_2_aux")
+    assert methods.DPCD(wrn).beta_range == (5.0, 8.0) and methods.DKD(wrn).beta == 6.0
+    assert methods.DPCD(network()).beta_range == (1.0, 4.0) and methods.DKD(network()).beta == 8.0
+    assert methods.DKD(wrn, beta=3.0).beta == 3.0
+    assert methods.HSSAKD().temperature == 3.0 and methods.Teacher().constants() == {}
+    with pytest.raises(TypeError):
+        methods.KD(network(), beta=3.0)
+
+
+def test_given_constants_reach_the_method():
+    """Each flag is another number than its default and than every other flag's."""
+    words = ("--beta", 7, "--beta-range", 2, 3, "--loss-warmup", 4, "--kd_T", 5, "--alpha-range", 0.25, 1.5)
+    words += ("--ced-beta", 9, "--ema", 0.8, "--history", 11, "--threshold", 0.4, "--quantile", 0.3, "--slope", 13)
+    given = {"beta": 7, "beta_range": [2, 3], "warmup_epochs": 4, "temperature": 5, "alpha_range": [0.25, 1.5]}
+    given |= {"ced_beta": 9, "ema": 0.8, "history": 11, "threshold": 0.4, "quantile": 0.3, "slope": 13}
+    given |= {"ced_temperature": 6}
+    assert constants("train_student_cifar", "--method", "dpcd", *words, "--ced-temperature", 6) == given
+    words = ("--ce-weight", 2, "--kd-weight", 7, "--kd_T", 5, "--standardize")
+    expected = {"temperature": 5, "ce_weight": 2, "kd_weight": 7, "standardize": True}
+    assert constants("train_student_cifar", "--method", "kd", *words) == expected
+
+
+@pytest.mark.parametrize("method", ["hsakd", "kd", "dkd", "dpcd", "fitnet"])
+def test_constants_of_other_methods_are_refused(capsys, method):
+    command = ["--tarch", "resnet56_aux", "--tcheckpoint", "a", "--method", method]
+    flags = {
+        methods.flag_of(*item): item[1] for name in methods.names() for item in methods.find(name).constants().items()
+    }
+    own = {methods.flag_of(*item) for item in methods.find(method).constants().items()}
+    for flag in flags.keys() - own:
+        values = [] if flags[flag].kind is bool else ["1"] * (2 if flags[flag].pair else 1)
+        with pytest.raises(SystemExit) as stop:
+            train_student_cifar.parse_args([*command, flag, *values])
+        assert stop.value.code == 2 and flag in capsys.readouterr().err
 
 
 TERMS = {
@@ -106,119 +292,83 @@ TERMS = {
     "kd": {"task", "logit_kl"},
     "dkd": {"task", "teacher_path"},
     "dpcd": {"task", "aux", "teacher_path", "self_path"},
+    "fitnet": {"task", "features"},
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TERMS)
-def test_every_method_trains_is_saved_and_resumes(tmp_path, teacher, capsys, method):
-    """Its terms are logged, the weights say what they are, and a resumed run is the uninterrupted one to the bit."""
-    arch = "resnet8" if method in ("kd", "dkd") else "resnet8_aux"
+def test_every_method_trains_is_saved_and_resumes(tmp_path, method):
+    """Its terms are logged, a checkpoint holds its state, and a resumed run is the uninterrupted one bit-exactly."""
+    teacher = save_teacher(tmp_path / "teacher.pth.tar")
+    arch = "resnet8_aux" if methods.find(method).networks == "auxiliary" else "resnet8"
     command = ("--arch", arch, "--tarch", "resnet8_aux", "--tcheckpoint", teacher, "--method", method, *QUICK)
     for root, *flags in (("a", "--epochs", 2), ("b", "--epochs", 1), ("b", "--epochs", 2, "--resume")):
         run("train_student_cifar", *command, *flags, "--checkpoint-dir", tmp_path / root)
-        gc.collect()  # the folder's lock lives as long as the run, which another process would have ended
     folders = [tmp_path / root / f"train_student_cifar_tarch_resnet8_aux_arch_{arch}_{SEED}" for root in "ab"]
     assert log_lines(folders[0])[-1] == log_lines(folders[1])[-1]
     terms = {key.removeprefix("train/") for key in log_lines(folders[0])[0] if key.startswith("train/")}
     assert {name for name in terms if not name.endswith(("top1", "_joint", "_class"))} == {*TERMS[method], "loss"}
-    first, second = (utils.read_checkpoint(folder / f"{arch}.pth.tar") for folder in folders)
-    assert all(torch.equal(value, second["net"][key]) for key, value in first["net"].items())
-    assert first["method"] == method and bool(first["objective"]) == (method == "dpcd")
-    assert all(torch.equal(value, second["objective"][key]) for key, value in first["objective"].items())
-    result = measure(capsys, "--arch", arch, "--student-weights", folders[0] / f"{arch}.pth.tar")
-    assert result["method"] == method
-    rotations = utils.weights_layout(folders[0] / f"{arch}.pth.tar")[1]
-    assert rotations == {"hsakd": 4, "dpcd": 1}.get(method)
+    first, second = (utils.Checkpoint(folder / f"{arch}.pth.tar") for folder in folders)
+    assert_equal(second.state, first.state)
+    assert_equal(second.content["objective"], first.content["objective"])
+    assert first.content["method"] == method and first.rotations == {"hsakd": 4, "dpcd": 1}.get(method)
+    held = {"dpcd": {"c_bar", "history", "count"}, "fitnet": {"trained.regressor.weight", "trained.regressor.bias"}}
+    assert first.content["objective"].keys() == held.get(method, set())
 
 
-def test_one_view_teacher_serves_dpcd_and_not_hsakd(tmp_path, capsys):
+OWN = """
+import options
+from losses import cross_entropy
+from methods import Objective, Outputs
+from methods.base import Constant, predictions, split_outputs
+
+
+class Matching(Objective):
+    "Cross-entropy, and the squared error of the logits."
+
+    name = "matching"
+    reads = "logits"
+    own_flag = Constant(1.0, "weight of the squared error", options.not_negative)
+
+    def step(self, model, batch):
+        teacher, student = self.teach(batch), split_outputs(model(batch.images))
+        error = (student.logits - teacher.logits).square().mean()
+        terms = {"task": cross_entropy(student.logits, batch.labels), "error": self.own_flag * error}
+        return terms, predictions(Outputs(student.logits))
+"""
+
+
+def test_a_method_in_a_file_of_ones_own(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(OWN)
+    teacher = save_teacher(tmp_path / "teacher.pth.tar")
+    command = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", teacher, *QUICK_RUN)
+    command += ("--method", tmp_path / "mine.py", "--checkpoint-dir", tmp_path)
+    assert status("train_student_cifar", *command, "--own-flag", 2, "--beta", 3) == 2
+    assert "--beta" in capsys.readouterr().err
+    assert status("train_student_cifar", *command, "--own-flag", 2) == 0
+    (folder,) = tmp_path.glob("train_student_cifar*")
+    assert json.loads((folder / "args.json").read_text())["own_flag"] == 2
+    assert {"train/task", "train/error"} <= log_lines(folder)[0].keys()
+    with pytest.raises(SystemExit):
+        train_student_cifar.parse_args([str(word) for word in command] + ["--help"])
+    assert "weight of the squared error (default: 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["kd", "dkd", "dpcd", "fitnet", "hsakd"])
+def test_a_teacher_has_the_heads_that_the_method_reads(tmp_path, method):
+    """The others take a plain teacher under its auxiliary name too, as of the teacher zoos."""
+    name = "resnet14_aux" if method == "hsakd" else "resnet14"
+    weights = utils.Checkpoint(save_teacher(tmp_path / "t.pth", name))
+    words = ("--tarch", "resnet14_aux", "--tcheckpoint", "t.pth", "--method", method)
+    teacher = methods.load_teacher(parsed("train_student_cifar", *words), weights, 10, 32)
+    assert hasattr(teacher, "auxiliary_classifier") == (method == "hsakd")
+    assert_equal(teacher.state_dict(), weights.state)
+
+
+def test_one_view_teacher_serves_dpcd_and_not_hsakd(tmp_path):
     """Its heads have as many outputs as there are classes."""
-    root = ("--checkpoint-dir", tmp_path)
-    run("train_teacher_cifar", "--arch", "resnet8_aux", "--rotations", 1, "--tag", "one_view", *QUICK_RUN, *root)
-    weights = tmp_path / f"train_teacher_cifar_arch_resnet8_aux_{SEED}_one_view" / "resnet8_aux.pth.tar"
-    assert utils.weights_layout(weights) == (10, 1)
-    command = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", weights, *QUICK_RUN, *root)
-    assert status("train_student_cifar", *command, "--method", "dpcd") == 0
-    capsys.readouterr()
-    assert status("train_student_cifar", *command, "--method", "hsakd", "--tag", "x") == 2
-    assert "4 rotations apart, not 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("method", ["kd", "dkd", "dpcd"])
-def test_a_plain_teacher_under_its_auxiliary_name(tmp_path, method):
-    """As of the teacher zoos, whose weights have no auxiliary classifiers: these methods read none."""
-    weights = save_teacher(tmp_path / "t.pth", "resnet14")
-    words = ["--tarch", "resnet14_aux", "--arch", "resnet8_aux", "--tcheckpoint", str(weights), "--dataset", "digits"]
-    _, objective = methods.create_pair(train_student_cifar.parse_args([*words, "--method", method]), seen(10))
-    start = torch.load(weights, weights_only=True)["net"]
-    assert all(torch.equal(value, start[key]) for key, value in objective.teacher.state_dict().items())
-    args = {"tarch": "resnet14_aux", "tcheckpoint": "train_baseline_cifar_arch_resnet14_dataset_digits_seed0/resnet14.pth.tar"}
-    assert not published.is_joint(args)
-
-
-@pytest.mark.parametrize("method", TERMS)
-def test_only_hsakd_runs_the_teachers_heads(teacher, method):
-    """The others take the class logits alone: no arithmetic is spent on auxiliary classifiers that they do not read."""
-    pair = ["--tarch", "resnet8_aux", "--arch", "resnet8_aux", "--tcheckpoint", str(teacher), "--dataset", "digits"]
-    _, objective = methods.create_pair(train_student_cifar.parse_args([*pair, "--method", method]), seen(10))
-    assert hasattr(objective.teacher, "auxiliary_classifier") == (method == "hsakd")
-
-
-@pytest.mark.parametrize("method", TERMS)
-def test_constants_of_other_methods_are_refused(capsys, method):
-    command = ["--tarch", "resnet56_aux", "--tcheckpoint", "a", "--method", method]
-    foreign = set().union(*methods.METHODS.values()) - set(methods.METHODS[method])
-    for name in foreign:
-        flag = f"--{name.replace('_', '-')}"
-        with pytest.raises(SystemExit) as stop:
-            train_student_cifar.parse_args([*command, flag, *["1"] * (2 if name.endswith("range") else 1)])
-        assert stop.value.code == 2 and flag in capsys.readouterr().err
-
-
-def test_few_shot_trains_on_the_published_share_of_the_digits(tmp_path, teacher, capsys):
-    """At 0.25: the class counts of scikit-learn's split over the training labels, the same in every run and seed."""
-    command = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", teacher, "--few-ratio", 0.25, *QUICK_RUN)
-    told = []
-    for seed in (0, 1):
-        run("train_student_few_shot", *command, "--manual_seed", seed, "--checkpoint-dir", tmp_path)
-        told.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("training images")))
-        folder = f"train_student_few_shot_tarch_resnet8_aux_arch_resnet8_aux_dataset_digits_few_ratio_0.25_seed{seed}"
-        assert (tmp_path / folder / "resnet8_aux.pth.tar").is_file()
-    labels = datasets.digits(None, train=True).labels.numpy()
-    assert len(labels) == 1437 and len(load_digits().target) == 1797
-    split = StratifiedShuffleSplit(n_splits=1, test_size=0.75, random_state=0).split(np.zeros(len(labels)), labels)
-    counts = np.bincount(labels[next(split)[0]])
-    assert told[0] == told[1] and counts.sum() == 359
-    assert re.findall(r"(\d+) (\d+)", told[0]) == [(str(i), str(count)) for i, count in enumerate(counts)]
-
-
-def test_report_reads_what_the_scripts_write(tmp_path, teacher, pair_folder):
-    """Real run folders: one row a method, seeds joined, the frozen teacher's student apart from the joint one's."""
-    common = (*QUICK_RUN, "--checkpoint-dir", tmp_path)
-    student = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", teacher, *common)
-    for seed in (0, 1):
-        run("train_baseline_cifar", "--arch", "resnet8", *common, "--manual_seed", seed)
-    backbone = tmp_path / f"train_baseline_cifar_arch_resnet8_{SEED}" / "resnet8.pth.tar"
-    run("train_teacher_cifar", "--arch", "resnet8_aux", "--freezed", "--pretrained-backbone", backbone, *common)
-    frozen = tmp_path / f"train_teacher_cifar_arch_resnet8_aux_{SEED}" / "resnet8_aux.pth.tar"
-    run("train_student_cifar", *student)
-    run("train_student_cifar", *student, "--tcheckpoint", frozen, "--tag", "freezed")
-    run("train_student_cifar", *student, "--method", "dpcd", "--tag", "dpcd")
-    table = json.loads(published.TABLE.read_text())
-    groups = report.group(report.find_runs([tmp_path, pair_folder]))
-    rows = [dict(zip(report.COLUMNS, report.make_row(*group, table), strict=True)) for group in groups]
-    found = {(row["script"], row["network"], row["method"]): row for row in rows}
-    pair = "resnet8_aux -> resnet8_aux"
-    assert found.keys() == {
-        ("train_baseline_cifar", "resnet8", ""),
-        ("train_teacher_cifar", "resnet8_aux", "frozen"),
-        ("train_student_cifar", pair, "hsakd*"),
-        ("train_student_cifar", pair, "hsakd"),
-        ("train_student_cifar", pair, "dpcd*"),
-        ("train_online_kd_cifar", "resnet8_resnet8", ""),
-    }
-    assert found["train_baseline_cifar", "resnet8", ""]["seeds"] == "0 1"
-    online = found["train_online_kd_cifar", "resnet8_resnet8", ""]
-    last = log_lines(pair_folder)[-1]
-    assert online["epochs"] == "3/3" and online["last top-1"] == f"{last['test/top1']:.2f}"
-    assert online["best top-1"] == f"{last['best/top1']:.2f}" and float(online["images/s"]) > 0
+    weights = save_teacher(tmp_path / "t.pth", rotations=1)
+    command = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", weights, *QUICK_RUN)
+    command += ("--checkpoint-dir", tmp_path, "--method")
+    assert [status("train_student_cifar", *command, method) for method in ("dpcd", "hsakd")] == [0, 2]

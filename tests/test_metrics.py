@@ -1,17 +1,15 @@
 """Accuracies counted by hand, and the choice of the precision they are computed in."""
 
 import math
-from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from scripts import parsed
 from torch import nn
 
-import metrics
-import precision
-from objective import Predictions
+from methods import Predictions
+from training import metrics, precision
 
 CPU = torch.device("cpu")
 
@@ -20,35 +18,28 @@ CPU = torch.device("cpu")
 LABELS = torch.tensor([1, 0])
 
 
-def winners(*columns):
-    """Return joint logits (8, 8), each row's largest at one of `columns`."""
-    return nn.functional.one_hot(torch.tensor(columns), 8).float()
-
-
 def two_heads():
-    """Return the logits of two heads: 5 and 7 of 8 views right, and of the un-rotated ones' classes 2 and 0 of 2."""
-    first = winners(4, 5, 0, 7, 2, 1, 6, 3)  # row 4 has the right class in the wrong rotation
-    second = winners(4, 5, 6, 7, 5, 1, 2, 3)
+    """Return the logits of two heads, with 5 and 7 of the 8 joint labels right, and 6 and 5 of the classes."""
+    columns = [[4, 5, 0, 7, 2, 1, 6, 3], [4, 5, 6, 7, 5, 1, 2, 3]]  # in the first, row 4 has the wrong rotation
+    first, second = nn.functional.one_hot(torch.tensor(columns), 8).float()
     second[0, :5] = torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0])  # the right joint label, but class 0 has the larger sum
     return [first, second]
-
-
-def test_hits_by_hand():
-    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, -1.0, 4.0], [-3.0, -2.0, -1.0], [1.0, 0.0, 0.5]])
-    assert metrics.hits(logits, torch.tensor([1, 2, 2, 0])) == 3
 
 
 def test_class_logits_are_sums_over_the_rotations():
     joint = torch.tensor([[1.0, 2.0, 3.0, 4.0, -1.0, 0.0, 7.0, 0.5], [0.0, 0.0, 0.0, 9.0, 3.0, 3.0, 3.0, 3.0]])
     assert metrics.class_logits(joint, 4).tolist() == [[10.0, 6.5], [9.0, 12.0]]
-    assert metrics.class_logits(joint, 1).tolist() == joint.tolist()
     assert metrics.class_logits(joint.bfloat16(), 4).dtype == torch.float32
 
 
+HEADS = {"aux1_joint": 5 / 4, "aux1_class": 6 / 4, "aux2_joint": 7 / 4, "aux2_class": 6 / 4}
+
+
 def test_head_hits_by_hand():
-    """Joint hits count a fourth for each view; class hits look at rows 0 and 4 alone."""
-    found = metrics.head_hits(two_heads(), LABELS, 4)
-    assert found == {"aux1_joint": 5 / 4, "aux1_class": 2, "aux2_joint": 7 / 4, "aux2_class": 0}
+    """A hit counts a fourth for each view; upright hits are those of rows 0 and 4 alone."""
+    assert metrics.head_hits(two_heads(), LABELS, 4) == HEADS
+    upright = {"aux1_upright": 2, "aux2_upright": 0}
+    assert metrics.head_hits(two_heads(), LABELS, 4, upright=True) == HEADS | upright
     one_view = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     assert metrics.head_hits([one_view], LABELS, 1) == {"aux1_joint": 1, "aux1_class": 1}
 
@@ -57,12 +48,12 @@ def test_training_sums_by_hand():
     """Sums over the images of the losses and of the percentages, with a prefix for each network of a pair."""
     right, wrong = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     terms = {"task": torch.tensor(0.5), "aux": torch.tensor(1.5)}
-    heads = {"aux1_joint": 125, "aux1_class": 200, "aux2_joint": 175, "aux2_class": 0}
-    expected = {"loss": 4, "task": 1, "aux": 3}
+    heads, expected = {name: 100 * value for name, value in HEADS.items()}, {"loss": 4, "task": 1, "aux": 3}
     found = metrics.training_sums(terms, Predictions([right], [two_heads()]), LABELS)
     assert found == {**expected, "top1": 200, **heads}
     found = metrics.training_sums(terms, Predictions([wrong, right], [[], two_heads()]), LABELS)
-    assert found == {**expected, "net1/top1": 0, "net2/top1": 200, **{f"net2/{name}": value for name, value in heads.items()}}
+    heads = {f"net2/{name}": value for name, value in heads.items()}
+    assert found == {**expected, "net1/top1": 0, "net2/top1": 200, **heads}
 
 
 class Lookup(nn.Module):
@@ -88,64 +79,48 @@ def batches_of(labels, size):
     return list(zip(images.split(size), labels.split(size), strict=True))
 
 
-RANKED = torch.tensor(
-    [
-        [9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0],  # label 0 is first
-        [7.0, 3.0, 6.0, 5.0, 4.0, 2.0, 1.0],  # label 1 is fifth
-        [7.0, 6.0, 2.0, 5.0, 4.0, 3.0, 1.0],  # label 2 is sixth
-    ]
-)
+# The labels 0, 1 and 2 are first, fifth and sixth.
+RANKED = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6], [7, 3, 6, 5, 4, 2, 1], [7, 6, 2, 5, 4, 3, 1]])
 
 
 def test_evaluation_by_hand():
-    """Batches of two images and of one: every image counts the same."""
+    """Batches of two images and of one: every image counts the same, and in `mean_class` every class that has any."""
     found = metrics.evaluate(Lookup(RANKED), batches_of(torch.arange(3), 2), CPU)
     powers = np.exp(RANKED.double().numpy())
     loss = -np.log(powers[range(3), range(3)] / powers.sum(1)).mean()
-    assert found == pytest.approx({"loss": loss, "top1": 100 / 3, "top5": 200 / 3})
-    found = metrics.evaluate(Lookup(RANKED[:, 1:4]), batches_of(torch.tensor([0, 1, 1]), 2), CPU)
-    assert (found["top1"], found["top5"]) == pytest.approx((100 / 3, 100))  # of three classes, all are among the first five
+    assert found == pytest.approx({"loss": loss, "top1": 100 / 3, "top5": 200 / 3, "mean_class": 100 / 3})
+    found = metrics.evaluate(Lookup(RANKED[:, 1:4]), batches_of(torch.tensor([2, 2, 1]), 2), CPU)
+    expected = {"top1": 100 / 3, "top5": 100, "mean_class": 25}  # of three classes, all are among the first five
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 def test_evaluation_of_heads_by_hand():
-    """The backbone is judged by un-rotated views: in rows 0 and 4 one of two is right, in the turned ones all or none."""
+    """The backbone is judged by un-rotated views: in rows 0 and 4 one of two is right, in others all or none."""
     for turned in (LABELS, 1 - LABELS):
         logits = nn.functional.one_hot(turned.repeat_interleave(4), 2).float()
         logits[0], logits[4] = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])
         network, batches = Lookup(logits, two_heads(), 4), batches_of(LABELS, 1)
-        found = metrics.evaluate(network, batches, CPU, heads=True)
-        heads = {"aux1_joint": 62.5, "aux1_class": 100.0, "aux2_joint": 87.5, "aux2_class": 0.0}
+        heads = {name: 50 * value for name, value in HEADS.items()} | {"aux1_upright": 100.0, "aux2_upright": 0.0}
         loss = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2
-        assert found == pytest.approx({"loss": loss, **heads, "top1": 50.0, "top5": 100.0})
-        without = {"loss": loss, "top1": 50.0, "top5": 100.0}
-        assert metrics.evaluate(network, batches, CPU) == pytest.approx(without)
-
-
-def test_heads_are_tested_in_batches_as_large_as_without_them():
-    """A batch of six images has 24 views, of which a forward pass sees no more than eight."""
-    network, rows = Lookup(torch.zeros(24, 2), [torch.zeros(24, 8)], 4), []
-    network.register_forward_pre_hook(lambda _, images: rows.append(len(images[0])))
-    found = metrics.evaluate(network, batches_of(torch.zeros(6, dtype=torch.long), 6), CPU, heads=True)
-    assert rows == [8, 8, 8] and found["top1"] == found["aux1_class"] == 100
+        expected = {"loss": loss, "top1": 50.0, "top5": 100.0, "mean_class": 50.0}
+        assert metrics.evaluate(network, batches, CPU) == pytest.approx(expected)
+        assert metrics.evaluate(network, batches, CPU, heads=True) == pytest.approx(expected | heads)
 
 
 def test_evaluation_of_a_pair_takes_the_better_network():
-    """Its top-1 and top-5 are the pair's; of two equal networks the first is taken; another one can be asked for."""
+    """Its accuracies are the pair's; of two equal networks the first is taken; another one can be asked for."""
     better = RANKED.clone()
     better[1, 1], better[2, 2] = 8.0, 5.5  # label 1 is first, label 2 third
-    cases = [((RANKED, better), 2, 200 / 3, 100), ((better, RANKED), 1, 200 / 3, 100), ((RANKED, RANKED), 1, 100 / 3, 200 / 3)]
-    for (first, second), net, top1, top5 in cases:
-        pair = Namespace(net1=Lookup(first), net2=Lookup(second))
-        found = metrics.evaluate(pair, batches_of(torch.arange(3), 2), CPU)
+    for networks, net, top1, top5 in (((RANKED, better), 2, 200 / 3, 100), ((RANKED, RANKED), 1, 100 / 3, 200 / 3)):
+        pair = SimpleNamespace(net1=Lookup(networks[0]), net2=Lookup(networks[1]))
+        found, other = (metrics.evaluate(pair, batches_of(torch.arange(3), 2), CPU, net=n) for n in (None, 3 - net))
         assert (found["net"], found["top1"], found["top5"]) == pytest.approx((net, top1, top5))
-        assert found[f"net{3 - net}/top1"] == pytest.approx(100 / 3)
-        other = metrics.evaluate(pair, batches_of(torch.arange(3), 2), CPU, net=3 - net)
-        assert other["net"] == 3 - net
-        assert all(other[key] == other[f"net{3 - net}/{key}"] == found[f"net{3 - net}/{key}"] for key in ("top1", "top5"))
+        assert (other["net"], other["top1"]) == pytest.approx((3 - net, 100 / 3))
+        assert found[f"net{3 - net}/top1"] == other["top1"] and other[f"net{net}/top1"] == found["top1"]
 
 
 def test_totals_are_means_over_images():
-    """Not over batches; sums that were saved go on, in the one process that carries them for all."""
+    """Not over batches; saved sums are continued in the one process that carries them for all."""
     totals = metrics.Totals(CPU)
     assert totals.means() == {} and totals.state_dict() == {}
     totals.add({"loss": torch.tensor(2.0), "top1": torch.tensor(100)}, 1)
@@ -158,30 +133,16 @@ def test_totals_are_means_over_images():
         assert resumed.means() == expected
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"), [((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")]
-)
-def test_auto_follows_the_gpus_capability(capability, expected, monkeypatch):
-    """That of the GPU in use."""
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")])
+def test_auto_follows_the_capability_of_the_gpu_in_use(capability, expected, monkeypatch):
     device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", {device: capability}.__getitem__)
     found = precision.resolve_precision("auto", device)
     assert found == precision.TYPES[expected] and precision.type_name(found) == expected
 
 
-@pytest.mark.parametrize(("gain", "expected"), [(0.1, torch.float32), (1.1, torch.float32), (1.5, torch.bfloat16)])
-def test_auto_on_a_cpu_follows_the_probe(gain, expected, monkeypatch):
-    """Its random numbers are none of the run's."""
-    monkeypatch.setattr(precision, "cpu_bfloat16_gain", lambda: gain + 0 * torch.rand(1).item())
-    before = torch.get_rng_state()
+@pytest.mark.parametrize("found", [{"avx512_bf16": False}, {"avx512_bf16": False, "amx_bf16": True}, {}])
+def test_auto_on_a_cpu_asks_for_its_instructions(found, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    expected = torch.bfloat16 if found.get("amx_bf16") else torch.float32
     assert precision.resolve_precision("auto", CPU) == expected
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize(("amp", "expected"), [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_given_precision_asks_no_device(amp, expected, device, monkeypatch):
-    monkeypatch.delattr(torch.cuda, "get_device_capability")
-    monkeypatch.delattr(precision, "cpu_bfloat16_gain")
-    args = parsed("train_baseline_cifar", "--amp", amp)
-    assert precision.resolve_precision(args.amp, torch.device(device)) == expected

@@ -1,5 +1,6 @@
 """Own folders of images: what is read, how it is resized and augmented, and what is said about it."""
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 from PIL import Image
 
 import imagesets
+import options
 from imagesets import folders
 from imagesets.augment import Augmentation
+from scripts import parsed, run, status
 from utils import UserError
 
 FAULTS = Path(__file__).resolve().parents[2] / "shared" / "faults"
@@ -329,6 +332,81 @@ def test_normalisation_is_what_is_asked_for_or_measured(tmp_path, keep):
     torch.testing.assert_close(images.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-3, rtol=0)
     test = imagesets.load_test("imagefolder", tmp_path, **imagesets.recorded(data.info))
     assert test.statistics == data.test.statistics == data.statistics == (data.info["mean"], data.info["std"])
+
+
+def parsed_data(root, *words):
+    """Return the data that a training script's command line asks for."""
+    flags = ("--dataset", "imagefolder", "--data", root, "--num-workers", 0, *words)
+    return imagesets.load(**options.data_settings(parsed("train_baseline_cifar", *flags)))
+
+
+def test_flags_decide_how_images_are_read(tmp_path):
+    write_images(tmp_path / "cat", [(20, 16)] * 10)
+    write_images(tmp_path / "dog", [(20, 16)] * 10, seed=1)
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfdog\r\n\r\ncat\r\n")
+    words = (
+        "--image-size",
+        12,
+        "--from-files",
+        "--resize",
+        "pad",
+        "--augment",
+        "rrc",
+        "--no-flip",
+        "--test-split",
+        0.2,
+    )
+    data = parsed_data(tmp_path, *words, "--class-names", tmp_path / "names.txt", "--mean", 0.4, "--std", 0.1, 0.2, 0.3)
+    expected = {"class_names": ["dog", "cat"], "size": 12, "mean": (0.4,) * 3, "std": (0.1, 0.2, 0.3), "images": 16}
+    expected |= {"augment": str(Augmentation(None, False)), "resize": "pad", "keep": "files", "test_split": 0.2}
+    assert {name: data.info[name] for name in expected} == expected
+    assert next(iter(data.train))[0].shape[2:] == (12, 12) and data.test.total == 4
+    plain = parsed_data(tmp_path, "--test-split", 0.2)
+    assert plain.info["keep"] == "memory" and plain.size == 16 and plain.statistics == folders.STATISTICS
+    measured = parsed_data(tmp_path, "--test-split", 0.2, "--in-memory", "--mean", "auto")
+    assert measured.statistics != folders.STATISTICS and measured.info["keep"] == "memory"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--dataset", "digits", "--image-size", 16), "--image-size"),
+        (("--dataset", "stl10", "--in-memory"), "--in-memory"),
+        (("--dataset", "cifar10", "--resize", "pad"), "--resize"),
+        (("--in-memory", "--from-files"), "--from-files"),
+        (("--mean", 0.5, 0.4), "--mean"),
+        (("--mean", 125), "--mean"),
+        (("--std", 0), "--std"),
+        (("--mean", "auto", "--std", 0.2), "--std"),
+        (("--class-names", "no/such/file"), "no/such/file"),
+        (("--test-split", 1), "--test-split"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_one_line(words, named, capsys):
+    assert status("train_baseline_cifar", "--arch", "resnet8", "--dataset", "imagefolder", *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+
+
+def test_a_resumed_run_keeps_its_images_where_they_were(tmp_path, monkeypatch):
+    write_splits(tmp_path / "data", [(16, 16)] * 4)
+    flags = ("--dataset", "imagefolder", "--data", tmp_path / "data", "--arch", "resnet8", "--num-workers", 0)
+    flags = (*flags, "--checkpoint-dir", tmp_path, "--amp", "off", "--batch-size", 4)
+    run("train_baseline_cifar", *flags, "--epochs", 1)
+    monkeypatch.setattr(folders, "MEMORY", 1)  # a new run would read files
+    run("train_baseline_cifar", *flags, "--epochs", 2, "--resume")
+    (args,) = tmp_path.glob("train*/args.json")
+    kept = json.loads(args.read_text())["image_set"]
+    assert (kept["keep"], kept["augment"], kept["size"]) == ("memory", str(Augmentation(2, True)), 16)
+
+
+@pytest.mark.parametrize("keep", ["memory", "files"])
+def test_some_test_images_are_spread_over_all_classes(tmp_path, keep):
+    write_splits(tmp_path, [(8, 8)] * 6, classes=("cat", "cow", "dog", "pig"))
+    test = load(tmp_path, keep=keep, batch_size=5).test
+    labels = torch.cat([labels for _, labels, *_ in test.some(8)])
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and sum(len(batch[1]) for batch in test) == 24
+    assert sum(len(batch[1]) for batch in test.some(100)) == 24
 
 
 def fault(name, root):

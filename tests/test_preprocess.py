@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -58,18 +59,12 @@ def test_command_sorts_once_and_keeps_the_original(folder):
 
 def test_an_interrupted_run_leaves_no_half_state(folder, script, monkeypatch):
     """No val_sorted appears; the next run, on a file system without links, completes it and cleans up."""
-    before, link, done = tree(folder), script.os.link, []
-
-    def interrupted(source, target):
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        done.append(link(source, target))
-
-    monkeypatch.setattr(script.os, "link", interrupted)
+    before = tree(folder)
+    monkeypatch.setattr(script.os, "link", mock.Mock(side_effect=[None, None, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):
         script.prepare(folder)
     assert not (folder / "val_sorted").exists()
-    monkeypatch.setattr(script.os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    monkeypatch.setattr(script.os, "link", mock.Mock(side_effect=OSError("no links")))
     script.prepare(folder)
     assert tree(folder) == before | {f"val_sorted/{name}": content for name, content in EXPECTED.items()}
 

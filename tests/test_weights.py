@@ -229,10 +229,11 @@ def test_classes_and_rotations_are_read_off_the_weights(name, path):
 
 def test_teachers_of_the_wrong_kind(path):
     """Of other rotations, without heads, of other classes."""
+    args = argparse.Namespace(tarch="resnet8_aux", method="hsakd", net=None)
     for given in (("resnet8_aux", 10, 1), ("resnet8_aux", 10, 3), ("resnet8", 10), ("resnet8_aux", 7)):
         torch.save(numbered_state(*given), path)
         with pytest.raises(UserError, match="a.pth"):
-            methods.load_teacher(methods.HSAKD, "resnet8_aux", Checkpoint(path), 10)
+            methods.load_teacher(args, Checkpoint(path), 10, 32)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def check_same(settings: Mapping[str, Any], world: World) -> None:
     for rank, other in enumerate(others, 1):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if names:
-            listed = ", ".join(f"{name} {other.get(name)} instead of {first.get(name)}" for name in names)
+            listed = ", ".join(f"{name} {other.get(name)!s:.80} instead of {first.get(name)!s:.80}" for name in names)
             found.append(f"rank {rank} has {listed}")
     if found:
         raise UserError(f"the {world.size} processes must train alike: {'; '.join(found)}")

@@ -4,11 +4,11 @@ import argparse
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
-from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,11 @@ from utils import UserError, World, available_cores, first_line
 POLL_EVERY = 10  # steps after which several processes agree on whether to stop
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
 NOT_WRITABLE = (errno.EACCES, errno.EDQUOT, errno.EMFILE, errno.ENOSPC, errno.EPIPE, errno.EROFS)
+
+
+def stop_signals() -> list[int]:
+    """Return the signals that ask this process to stop, without those that it was started to ignore, as by nohup."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Preempted(SystemExit):
@@ -35,7 +40,7 @@ class StopSignal:
         self.received = self.interrupted = False
 
     def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
+        self.before = {number: signal.signal(number, self.note) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -64,7 +69,7 @@ def run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.N
     What the user can mend is one line on stderr. Exit status: 2 then, 1 for a lost process, 130 after Ctrl-C, 143 after
     another signal to stop.
     """
-    for number in STOP_SIGNALS:
+    for number in stop_signals():
         if number not in (signal.SIGINT, signal.SIGTERM):  # they end the process as SIGTERM does: nothing to save yet
             signal.signal(number, lambda *_: os._exit(143))
     status = None
@@ -91,14 +96,18 @@ def run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.N
 
 
 def check_launch(args: argparse.Namespace) -> None:
-    """Raise UserError if the flags or the scheduler ask for processes that nothing will connect."""
-    if "RANK" in os.environ or getattr(args, "multiprocessing_distributed", False):
+    """Raise UserError if the flags or the scheduler ask for processes that nothing would connect."""
+    if "RANK" in os.environ or "world_size" not in args:
         return
-    if getattr(args, "world_size", 1) > 1 or getattr(args, "rank", 0):
-        raise UserError("--world-size and --rank need --multiprocessing-distributed")
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun alone: sbatch's --ntasks may stand for cores
+    if args.rank >= args.world_size:
+        raise UserError(f"--rank {args.rank}: expected a machine's number below --world-size {args.world_size}")
+    if args.multiprocessing_distributed:
+        return
+    if args.world_size > 1:
+        raise UserError("--world-size needs --multiprocessing-distributed")
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun alone: sbatch's --ntasks may count cores
     if tasks > 1:
-        raise UserError(f"srun has started {tasks} tasks, each a run of its own: start one, which starts torchrun")
+        raise UserError(f"srun started {tasks} tasks that nothing connects: start one, which runs torchrun")
 
 
 def relaunch(args: argparse.Namespace, argv: list[str]) -> int:
@@ -110,12 +119,12 @@ def relaunch(args: argparse.Namespace, argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    address = urlparse(args.dist_url)
-    if address.scheme != "tcp" or not address.port:
+    address = re.fullmatch(r"tcp://([^:/]+):(\d{1,4}|[1-6]\d{4})", args.dist_url)
+    if not address:
         raise UserError(f"--dist-url {args.dist_url}: expected tcp://HOST:PORT")
     processes = len(args.gpu_id.split(",")) if args.gpu_id else max(torch.cuda.device_count(), 1)
     where = [f"--nnodes={args.world_size}", f"--node-rank={args.rank}", f"--nproc-per-node={processes}"]
-    where += [f"--master-addr={address.hostname}", f"--master-port={address.port}"]
+    where += [f"--master-addr={address[1]}", f"--master-port={address[2]}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cores() // processes, 1)))
     logging.disable(logging.ERROR)  # torchrun's own: the processes print what went wrong
     if hasattr(signal, "SIGUSR1"):  # torchrun hands SIGTERM on to its processes, but not always SIGUSR1

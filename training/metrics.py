@@ -1,5 +1,6 @@
 """What is measured: sums that stay on the device, accuracies of every classifier, evaluation, cost, an epoch's line."""
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -54,6 +55,13 @@ class Totals:
             self.names = list(state["names"])
             self.sums = state["sums"].to(self.count) * keep
             self.count = state["count"].to(self.count) * keep
+
+
+def is_finite(model: nn.Module, totals: Totals) -> bool:
+    """Return whether the weights, and the mean loss in `totals`, are finite."""
+    values = [value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()]
+    # The scaler of float16 skips steps that are not finite: there the loss shows it.
+    return math.isfinite(totals.means()["loss"]) and bool(torch.stack(values).all())
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:

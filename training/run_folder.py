@@ -17,7 +17,8 @@ from utils import Checkpoint, UserError, replacing, save_checkpoint, warn
 FREE_ARGUMENTS = {
     *("data", "checkpoint_dir", "num_workers", "gpu_id", "resume", "evaluate", "epochs", "save_minutes", "digests"),
     *("dist_url", "dist_backend", "dist_timeout", "world_size", "rank", "multiprocessing_distributed"),
-    *("tcheckpoint", "pretrained_backbone", "skip_bad_images"),
+    *("tcheckpoint", "teacher_cache", "pretrained_backbone", "skip_bad_images"),
+    *("override", "overrides", "image_set", "tested"),
 }
 # Those that change a result by rounding alone: they may differ too, in a line.
 ROUNDING_ARGUMENTS = {"accumulate", "compile", "amp"}
@@ -75,7 +76,7 @@ class RunFolder:
         self.best = self.path / f"{arch}_best.pth.tar"
         self.log = self.path / "log.jsonl"
         self.arguments = self.path / "args.json"
-        self.settings = settings
+        self.settings, self.before = settings, {}
         self.lock = filelock.FileLock(self.path / ".lock", fallback_to_soft=False)
 
     def claim(self, resume: bool) -> None:
@@ -99,12 +100,19 @@ class RunFolder:
         settings = read_json(self.arguments)
         if settings is None:
             raise UserError(f"--resume: {self.arguments} is missing or unreadable: put it back, or use --tag")
-        changed = differences(settings, self.settings, FREE_ARGUMENTS | ROUNDING_ARGUMENTS)
+        # A cosine ends with the last epoch, so their number shapes the whole run.
+        fixed = {"epochs"} if self.settings.get("schedule") == "cosine" else set()
+        free = (FREE_ARGUMENTS | ROUNDING_ARGUMENTS) - fixed | set(self.settings.get("override") or ())
+        changed = differences(settings, self.settings, free)
         if changed:
-            raise UserError(f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag")
+            raise UserError(
+                f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag or --override"
+            )
         for change in differences(settings, self.settings):
             warn(f"--resume: {change}")
-        if not self.last.exists():  # it is written before the best one and the log
+        self.before = settings
+        # The first one is written after the log: a run killed between them starts over.
+        if not self.last.exists() and len(read_log(self.log)) != 1:
             raise UserError(f"--resume: {self.last} is missing: put it back, or {self.recovery()}")
 
     def recovery(self) -> str:
@@ -116,7 +124,7 @@ class RunFolder:
     def read_last(self) -> Checkpoint:
         """Return the last checkpoint; UserError if it cannot be read."""
         try:
-            return Checkpoint(self.last)
+            return Checkpoint(self.last, key="net")
         except UserError as error:
             raise UserError(f"--resume: {error}; {self.recovery()}") from None
 
@@ -124,10 +132,20 @@ class RunFolder:
         """Let go of the folder, so that another run of this process too can open it."""
         self.lock.release()
 
-    def write_settings(self) -> None:
-        """Write the run's settings."""
+    def write_settings(self, epoch: int = 0, opening: dict | None = None) -> None:
+        """Write the run's settings, and what was found before its first step: `opening`.
+
+        `overrides` lists the settings that --override changed, each with the epoch, from 1, in which it began to hold.
+        """
+        new, before = json_form(self.settings), self.before
+        changed = [name for name in new.get("override") or () if before and before.get(name) != new[name]]
+        overrides = [{"epoch": epoch + 1, "name": name, "from": before.get(name), "to": new[name]} for name in changed]
+        kept = {name: before[name] for name in ("tested", "overrides") if name in before}
+        if overrides:
+            kept["overrides"] = [*kept.get("overrides", []), *overrides]
+        content = {**new, **(opening or {}), **kept}
         with replacing(self.arguments, "w") as file:
-            file.write(json.dumps(self.settings, indent=1) + "\n")
+            file.write(json.dumps(content, indent=1) + "\n")
 
     def save(self, state: dict, best: bool) -> None:
         """Write a Trainer's state as the last checkpoint, and before it as the best one if it is."""

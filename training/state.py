@@ -6,6 +6,7 @@ import torch
 
 import utils
 from models import state_dicts
+from training import distributed, launch
 from training.optim import load_state
 from training.precision import type_name
 from training.run_folder import json_form
@@ -39,12 +40,31 @@ OWN_SETTINGS = {
 }
 
 
+def default_settings(trainer: "Trainer") -> dict[str, Any]:
+    """Return the settings of a Trainer that is made without a command line, which a resumed run must share."""
+    names = ("lr", "weight_decay", "momentum", "nesterov", "milestones", "warmup", "seed", "optimizer", "schedule")
+    settings = {name: getattr(trainer, name) for name in names}
+    named = {name: getattr(v, "__qualname__", type(v).__name__) if callable(v) else v for name, v in settings.items()}
+    return {"method": trainer.objective.name, **json_form(named)}
+
+
 def shaping(trainer: "Trainer") -> dict[str, Any]:
     """Return what must be equal in all processes: their results would be silently wrong."""
     settings = {name: value for name, value in trainer.settings.items() if name not in OWN_SETTINGS}
     data = {"steps an epoch": len(trainer.train), "images": trainer.info.get("images")}
     data["classes"] = trainer.info.get("class_names")
     return {**settings, **data, "teacher": trainer.teacher_digest, "torch": str(torch.__version__)}
+
+
+def claim(trainer: "Trainer") -> Checkpoint | None:
+    """Claim the run folder; return the checkpoint to resume from, if there is one."""
+    resumed, run = trainer.resume or launch.restarted(), trainer.run
+    if trainer.world.is_main:
+        run.claim(resumed)
+    distributed.barrier()
+    if resumed and not run.last.exists():
+        print_main(f"--resume: no checkpoint in {run.path} yet, starting from the beginning")
+    return run.read_last() if resumed and run.last.exists() else None
 
 
 def state_of(trainer: "Trainer") -> dict[str, Any]:
@@ -72,6 +92,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "precision": type_name(trainer.precision),
         "best": trainer.best,
         "best_by": trainer.objective.best_by,
+        **(trainer.ema.state_dict() if trainer.ema else {}),
     }
     return to_cpu(state) if trainer.world.is_main else {}
 
@@ -82,6 +103,8 @@ def load(trainer: "Trainer", state: dict[str, Any]) -> None:
     load_state(trainer.step.optimizer, trainer.factory, state["optimizer"])
     trainer.step.scaler.load_state_dict(state["scaler"])
     trainer.objective.load_state_dict(state["objective"])
+    if trainer.ema:
+        trainer.ema.load_state_dict(state)
     trainer.epoch, trainer.step_in_epoch = state["order"]["epoch"], state["order"]["step"]
     trainer.totals.load_state_dict(state["totals"], trainer.world.is_main)
     trainer.best, trainer.last_top1 = {name: state["best"][name] for name in trainer.best}, state["acc"]
@@ -100,6 +123,7 @@ def resume(trainer: "Trainer", saved: Checkpoint) -> None:
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = utils.first_line(error)
         raise UserError(f"{saved.path}: no checkpoint of this run to resume from ({reason})") from None
-    if trainer.epoch + (trainer.step_in_epoch > 0) > trainer.epochs:
-        raise UserError(f"--epochs {trainer.epochs}: the run in {folder} is in epoch {trainer.epoch + 1} already")
+    begun = trainer.epoch + (trainer.step_in_epoch > 0)
+    if begun > trainer.epochs:
+        raise UserError(f"--epochs {trainer.epochs}: the run in {folder} is in epoch {begun} already")
     print_main(f"resuming at epoch {trainer.epoch + 1}, step {trainer.step_in_epoch}")

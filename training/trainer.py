@@ -13,14 +13,15 @@ from torch import nn
 
 import utils
 from methods import Batch, Objective
-from training import distributed, launch, state
-from training.metrics import Totals, best_line, evaluate, peak_memory, summary
+from training import distributed, launch, start, state, teacher_cache
+from training.ema import Average
+from training.metrics import Totals, best_line, evaluate, is_finite, peak_memory, summary
 from training.optim import Factory, optimizer_factory, rate_factor, set_rate
 from training.precision import TYPES, resolve_precision, type_name
 from training.progress import Progress
 from training.run_folder import RunFolder, RunLog
 from training.step import TrainingStep
-from utils import Checkpoint, UserError, World, print_main
+from utils import UserError, World, print_main
 
 HEADS_EVERY = 10  # epochs between tests of all auxiliary heads; the backbone is tested every epoch
 
@@ -52,6 +53,7 @@ class Trainer:
     warmup: int = 0  # epochs
     seed: int = 0
     amp: str = "auto"  # precision: auto, off, bf16, fp16
+    ema_decay: float | None = None  # share of the old value in a moving average of the weights; None: no average
     accumulate: int = 1  # parts that a batch is computed in
     compile: bool = False
     sync_bn: bool = False
@@ -61,6 +63,8 @@ class Trainer:
     save_minutes: float = 15  # between saves inside an epoch
     dist_timeout: float = 10  # minutes that a process waits for the others, once training has begun
     settings: dict = field(default_factory=dict)  # what the run folder stores, and compares when a run is resumed
+    teacher_cache: str | os.PathLike | None = None  # folder of stored teacher's outputs; needs batches of fixed views
+    cache_dtype: str = "exact"  # of stored outputs: that in which the teacher computes them, or float16
     info: dict = field(default_factory=dict)  # what a checkpoint says of its data: class names, size, mean, std
     world: World | None = None
 
@@ -73,7 +77,7 @@ class Trainer:
             raise UserError(f"--accumulate has no part in {self.objective.name}: its running state is of whole batches")
         given = {name: getattr(self, name) for name in ("lr", "weight_decay", "momentum", "nesterov")}
         self.factory = optimizer_factory(self.optimizer, **given)
-        self.settings = self.settings or {"method": self.objective.name, "seed": self.seed, **given}
+        self.settings = self.settings or state.default_settings(self)
         self.arch = getattr(self.model, "arch", type(self.model).__name__)
         self.run = RunFolder(self.folder, self.arch, self.settings) if self.folder else None
         self.epoch, self.step_in_epoch, self.last_top1 = 0, 0, None
@@ -82,36 +86,32 @@ class Trainer:
         teacher = self.objective.teacher
         self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, nn.Module) else None
         distributed.check_same(state.shaping(self), self.world)
-        saved = self.claim() if self.run and not self.evaluate else None
+        saved = state.claim(self) if self.run and not self.evaluate else None
         self.precision = resolve_precision(self.amp, self.world.device)
         if saved and self.amp == "auto":
             self.precision = TYPES.get(saved.content.get("precision"), self.precision)
         self.build()
         if saved:
             state.resume(self, saved)
+        distributed.check_same({"epoch": self.epoch, "step": self.step_in_epoch}, self.world)  # one folder for all
+        self.cache = teacher_cache.find(self) if self.teacher_cache and not self.evaluate else None
+        opening = start.opening(self, test=not (saved or self.evaluate))
         if self.run and not self.evaluate and self.world.is_main:
-            self.run.write_settings()
-
-    def claim(self) -> Checkpoint | None:
-        """Claim the run folder; return the checkpoint to resume from, if there is one."""
-        resume = self.resume or launch.restarted()
-        if self.world.is_main:
-            self.run.claim(resume)
-        distributed.barrier()
-        if resume and not self.run.last.exists():
-            print_main(f"--resume: no checkpoint in {self.run.path} yet, starting from the beginning")
-        return self.run.read_last() if resume and self.run.last.exists() else None
+            self.run.write_settings(self.epoch, opening)
+        if self.cache:
+            teacher_cache.prepare(self.cache, self)
 
     def build(self) -> None:
         """Move the networks to the device, and build what trains them."""
         device, objective = self.world.device, self.objective
         # A CPU's channels-last BatchNorm sums with a larger error: float32 asked for by name takes the other layout.
         exact = device.type == "cpu" and self.amp == "off"
-        layout = torch.contiguous_format if exact else torch.channels_last
-        self.model.to(device, memory_format=layout)
+        self.layout = torch.contiguous_format if exact else torch.channels_last
+        self.model.to(device, memory_format=self.layout)
         objective.to(device)
         if type(objective).prepare is not Objective.prepare:
-            objective.prepare(self.model, next(iter(self.train))[0].to(device))
+            count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
+            objective.prepare(self.model, next(iter(self.train))[0].to(device), count)
             objective.to(device)
         compile_for = None
         if self.compile:
@@ -123,11 +123,12 @@ class Trainer:
             self.factory,
             self.precision,
             self.world,
-            layout=layout,
+            layout=self.layout,
             accumulate=self.accumulate,
             compile_for=compile_for,
             sync_bn=self.sync_bn,
         )
+        self.ema = Average(self.model, self.step.optimizer, self.ema_decay) if self.ema_decay is not None else None
         torch.backends.cudnn.benchmark = True  # nearly every step has the same shapes
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,6 +179,7 @@ class Trainer:
         self.totals, self.step_in_epoch, self.epoch = Totals(self.world.device), 0, epoch + 1
         rate = self.step.optimizer.param_groups[0]["lr"]
         record = {"epoch": epoch + 1, "lr": rate, **trained, **self.test_epoch(epoch)}
+        record.update(self.ema.test(self) if self.ema else {})
         self.last_top1 = record["test/top1"]
         # A run resumed after an epoch's last step has trained on nothing in this one.
         record.update({"images_per_second": images / seconds or None, "seconds": time.perf_counter() - began})
@@ -214,7 +216,8 @@ class Trainer:
                 raise UserError(
                     f"{self.objective.name} needs batches with the images' numbers: (images, labels, index)"
                 )
-            yield Batch(item[0], item[1], epoch, index)
+            taught = self.cache.rows(index, item[3]) if self.cache else None
+            yield Batch(item[0], item[1], epoch, index, taught)
 
     @property
     def resumable(self) -> bool:
@@ -241,16 +244,20 @@ class Trainer:
             self.save()
             self.saved_at = time.monotonic()
         if stopped:
-            at = f"epoch {epoch + 1}, step {self.step_in_epoch}" if self.resumable else f"the end of epoch {epoch}"
+            at = (
+                f"epoch {epoch + 1}, step {self.step_in_epoch}"
+                if self.resumable
+                else f"the last finished epoch, {epoch}"
+            )
             print_main(f"stopped by a signal; saved at {at}: continue with --resume")
             raise stop.preempted()
 
     def check_finite(self, epoch: int) -> None:
         """Raise UserError if training has diverged, before anything of that is saved."""
-        values = [value.isfinite().all() for value in self.model.state_dict().values() if value.is_floating_point()]
-        # The scaler of float16 skips steps that are not finite: there the loss shows it.
-        if not (math.isfinite(self.totals.means()["loss"]) and torch.stack(values).all()):
-            raise UserError(f"training diverged in epoch {epoch + 1}: loss or weights not finite; lower --init-lr")
+        if not is_finite(self.model, self.totals):
+            raise UserError(
+                f"training diverged in epoch {epoch + 1}: lower --init-lr, or --resume --override init_lr=RATE"
+            )
 
     def test_epoch(self, epoch: int) -> dict[str, Any]:
         """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals."""

@@ -1,0 +1,23 @@
+"""DIST (Huang et al., NeurIPS 2022): the student's class probabilities correlate with the teacher's, no more."""
+
+import options
+from losses import dist
+from methods.base import Constant, Objective, Outputs, check_classes, predictions, split_outputs
+
+
+class DIST(Objective):
+    """Cross-entropy, and one minus Pearson's correlation with the teacher, of rows and of columns of probabilities."""
+
+    name = "dist"
+    reads = "logits"
+
+    temperature = Constant(4.0, "temperature", options.above_zero, "--kd_T", family={"imagenet": 1.0})
+    inter_weight = Constant(2.0, "weight of the correlation over an image's classes")
+    intra_weight = Constant(2.0, "weight of the correlation over a class's images")
+
+    def step(self, model, batch):
+        teacher = self.teach(batch)
+        student = Outputs(split_outputs(model(batch.images)).logits)
+        check_classes(student, teacher)
+        relations = dist(student.logits, teacher.logits, self.temperature, self.inter_weight, self.intra_weight)
+        return {"task": self.cross_entropy(student.logits, batch.labels), "logit_dist": relations}, predictions(student)

@@ -1,0 +1,102 @@
+"""The flags of images: where they are, and how they are read, normalised and augmented."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import utils
+from options.parser import DATASETS, Parser, dataset, line_list, natural, part, path, positive, statistic
+
+FOLDERS = ("tinyimagenet", "imagefolder", "imagenet")
+FOLDER_FLAGS = ("image_size", "resize", "in_memory", "from_files", "test_split")
+AUGMENTATIONS = ("crop", "rrc", "randaugment", "strong", "none")
+
+
+def add_data(parser: Parser, dataset_name: str) -> None:
+    """Add the flags of every script that reads a data set."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data", type=path, default="./data", help="folder of the data set (default: %(default)s)")
+    add("--dataset", type=dataset, default=dataset_name, help=f"{', '.join(DATASETS)} (default: %(default)s)")
+    add("--batch-size", type=positive, default=64, help="images a step, over all processes (default: 64, ImageNet 256)")
+    add("--limit-batches", type=positive, help="for a quick trial: stop a pass after so many batches")
+    readers = min(4, utils.available_cores())
+    add("--num-workers", type=natural, default=readers, help="readers of images in each process (default: %(default)s)")
+    add_statistics(add, "", "of the normalisation; in training auto: measured")
+    add("--class-names", type=line_list, metavar="FILE", help="the order of the classes: a name a line")
+    group = parser.add_argument_group("folders of images")
+    add = group.add_argument
+    add(
+        "--image-size", type=positive, metavar="N", help="pixels a side; default: the images', at most 96; ImageNet 224"
+    )
+    add("--resize", choices=["crop", "squash", "pad"], help="how images become square (default: crop)")
+    add("--test-split", type=part, metavar="R", help="share of the images that are the test if no folder holds it")
+    add("--skip-bad-images", action="store_true", help="skip unreadable images, and name them")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--in-memory", action="store_true", help="keep all images in memory; default: up to 2 GB of pixels")
+    add("--from-files", action="store_true", help="read the images from their files in every pass")
+
+
+def add_statistics(add: Callable, prefix: str, use: str) -> None:
+    """Add, by a group's `add_argument`, the mean and the standard deviation of a normalisation."""
+    add(f"--{prefix}mean", type=statistic, nargs="+", metavar="A", help=f"mean, 1 or 3 numbers from 0 to 1, {use}")
+    add(f"--{prefix}std", type=statistic, nargs="+", metavar="A", help="standard deviation, likewise")
+
+
+def add_augmentation(parser: Parser) -> None:
+    """Add what is done to training images."""
+    add = parser.add_argument_group("augmentation (default: as published; own images: by their size)").add_argument
+    kinds = "crop: padded; rrc: random resized crop; randaugment: crop and more; strong: that and Cutout"
+    add("--augment", choices=AUGMENTATIONS, help=kinds)
+    add("--no-flip", action="store_true", help="mirror no images, such as text or arrows")
+    add("--views", type=positive, metavar="V", help="fixed views of each image, of which an epoch draws one")
+    add("--views-seed", type=natural, default=0, help="seed of the fixed views (default: 0)")
+
+
+def check_data(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit with one line for flags of images that do not go together; spread a single statistic to three channels."""
+    for name in FOLDER_FLAGS:
+        if args.dataset not in FOLDERS and getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} is for folders of images, not for --dataset {args.dataset}")
+    for name in ("mean", "std", "teacher_mean", "teacher_std"):
+        values = getattr(args, name, None)
+        if values == ["auto"] and name == "mean" and "optimizer" in args:
+            args.mean = "auto"
+        elif values is not None:
+            if len(values) not in (1, 3) or "auto" in values or (0 in values and name.endswith("std")):
+                parser.error(f"--{name.replace('_', '-')}: expected 1 or 3 numbers, got {' '.join(map(str, values))}")
+            setattr(args, name, values * (3 // len(values)))
+    if args.mean == "auto" and args.std:
+        parser.error("--std has no part in --mean auto, which measures both")
+
+
+def reading_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of `imagesets.load_test` by which the command line changes how images are read."""
+    keep = "memory" if args.in_memory else "files" if args.from_files else None
+    found = {"size": args.image_size, "resize": args.resize, "keep": keep, "mean": args.mean, "std": args.std}
+    found |= {"class_names": args.class_names, "test_split": args.test_split}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def test_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of `imagesets.load_test` that the command line gives."""
+    return {
+        "name": args.dataset,
+        "root": args.data,
+        "batch_size": args.batch_size,
+        "workers": args.num_workers,
+        "limit": args.limit_batches,
+        "skip_bad_images": args.skip_bad_images,
+        **reading_settings(args),
+    }
+
+
+def recorded_keep(folder: str) -> str | None:
+    """Return how the run in `folder` keeps its images, "memory" or "files", if it has recorded that."""
+    try:
+        with open(os.path.join(folder, "args.json"), encoding="utf-8") as file:
+            return json.load(file)["image_set"].get("keep")
+    except (OSError, ValueError, LookupError):
+        return None

@@ -1,0 +1,60 @@
+"""The flags of networks from elsewhere (torchvision, timm, a file), and the creation of every network that is named."""
+
+import argparse
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+
+import models
+from options.parser import Parser, positive
+from utils import Checkpoint, UserError, first_line
+
+
+def add_networks(parser: Parser) -> None:
+    """Add what shapes the auxiliary branches that are generated for networks from elsewhere."""
+    title = "torchvision/NAME, timm/NAME, FILE.py:FUNCTION, each with or without _aux"
+    add = parser.add_argument_group(title).add_argument
+    add("--taps", type=positive, help="auxiliary branches, at most (default: 4)")
+    add("--branches", choices=["copy", "light"], help="copies of the rest of the network (default), or cheap ones")
+    add("--classifier", metavar="LAYER", help="layer that makes the logits, if the network has several")
+
+
+def create(args: argparse.Namespace, name: str, num_classes: int, size: int, rotations: int = 4) -> nn.Module:
+    """Return the network `name`, newly initialised, for images of `size` pixels; UserError if that is impossible."""
+    shaping = {key: value for key in ("taps", "branches", "classifier") if (value := getattr(args, key, None))}
+    try:
+        network = models.create(name, num_classes, rotations, size=size, **shaping)
+        if models.is_external(name) and not models.is_aux(name):
+            with torch.no_grad():  # what the network says of images of this size, in its own words
+                network.eval()(torch.zeros(1, 3, size, size))
+            network.train()
+            with contextlib.suppress(ValueError):  # methods that read no stages train it all the same
+                models.read_stages(network, torch.zeros(1, 3, size, size))
+    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+        advice = "; --method kd and dkd need no branches" if name.endswith("_aux") else ""
+        raise UserError(f"{name}, images of {size} pixels: {first_line(error)}{advice}") from None
+    return network
+
+
+def own_statistics(name: str) -> dict[str, Any]:
+    """Return the mean and the standard deviation that a library's network was made for; empty for others."""
+    found = models.normalisation(models.backbone_name(name)) if models.is_external(models.backbone_name(name)) else None
+    return dict(zip(("mean", "std"), found, strict=True)) if found else {}
+
+
+def named(arch: str | None, checkpoint: Checkpoint, net: int | None = None) -> str:
+    """Return the network whose weights a file holds: `arch` of the command line, or else what the file records.
+
+    Of a mutual pair it is the network `net`. UserError if neither says, or if the file names a file to be run.
+    """
+    name = arch or checkpoint.arch
+    if name is None:
+        raise UserError(f"{checkpoint.path} does not record its network: name it with --arch")
+    if models.is_file(name) and not arch:
+        raise UserError(f"{checkpoint.path} is of {name}: to run that file, name it with --arch")
+    try:
+        return models.member_name(name, net or checkpoint.best_net or 1) if models.is_pair(name) else name
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from None

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The table of methods on CIFAR-100, ResNet-20 -> ResNet-8, 15 epochs: runs what is missing, JOBS runs of one thread side
+# by side. A run is done once RESULTS has its line, which is appended when it ends; commit that file. An interrupted run
+# resumes.
+#   scripts/table.sh                          every row and seed that is missing
+#   scripts/table.sh row NAME SEED [flags]    one run
+# Settings beside those of common.sh:
+#   ROWS, SEEDS, JOBS    what is run, and how many runs at once (2)
+#   RESULTS              results/table.jsonl; `python report.py results/table.jsonl` prints the table
+#   TEACHER              weights of the teacher, resnet20_aux
+#   VIEWS, STORE         fixed views of an image and the folder of the teacher's stored outputs, for the methods that read
+#                        logits or heads
+source "$(dirname "$0")/common.sh"
+export OMP_NUM_THREADS=1
+ROWS=${ROWS:-alone kd dkd dist wttm crd reviewkd dpcd hssakd hsakd} SEEDS=${SEEDS:-0 1 2} JOBS=${JOBS:-2}
+RESULTS=${RESULTS:-results/table.jsonl} TEACHER=${TEACHER:-results/teacher_resnet20_cifar100.pth}
+stored=(${VIEWS:+--views "$VIEWS"} ${STORE:+--teacher-cache "$STORE"})
+
+# student METHOD [flags]
+student() {
+    train train_student_cifar.py --tarch resnet20_aux --arch resnet8_aux --tcheckpoint "$TEACHER" --method "$@"
+}
+
+# row NAME SEED [flags]; schedules scale with the run: 150, 180 and 210 of 240 epochs are 9, 11 and 13 of 15, and a
+# warm-up of 20 is one of 1.
+row() {
+    flags=(--dataset cifar100 --epochs 15 --milestones 9 11 13 --init-lr 0.05 --batch-size 64 --tag "$1" --resume "${@:3}")
+    SEED=$2 CHECKPOINTS=$CHECKPOINTS/table
+    case $1 in
+        alone) train train_baseline_cifar.py --arch resnet8 ;;
+        hssakd) train train_online_kd_cifar.py --arch resnet8_resnet8 ;;
+        crd) student crd --negatives 4096 ;;
+        reviewkd) student reviewkd --loss-warmup 1 ;;
+        dkd | dpcd) student "$1" --loss-warmup 1 ${stored[@]+"${stored[@]}"} ;;
+        kd | dist | wttm | hsakd | hsakd_dist) student "$1" ${stored[@]+"${stored[@]}"} ;;
+        hsakd_standardized) student hsakd --standardize ${stored[@]+"${stored[@]}"} ;;
+        hsakd_strong) student hsakd --augment strong ${stored[@]+"${stored[@]}"} ;;
+        *) echo "table.sh: no row $1" >&2 && exit 2 ;;
+    esac
+    $PYTHON -m tools.collect "$1" "$CHECKPOINTS"/train_*_seed"$SEED"_"$1" --into "$RESULTS"
+}
+
+if [ "${1-}" = row ]; then
+    row "${@:2}"
+    exit
+fi
+for SEED in $SEEDS; do
+    for name in $ROWS; do
+        if [ "$name" = hssakd ] && [ "$SEED" = 2 ]; then continue; fi # two networks a run: two seeds
+        grep -qs "^{\"name\": \"$name\", \"seed\": $SEED," "$RESULTS" || echo "row $name $SEED"
+    done
+done | xargs -r -L 1 -P "$JOBS" scripts/table.sh

@@ -1,0 +1,170 @@
+"""The page of tools.analyse stands alone and holds pictures; its measures against values by hand."""
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+import models
+from scripts import QUICK, run, save_teacher
+from tools import analyse, figures
+from tools.measures import Answers, agreement, ask, by_class, confusion, divergence, overview, reliability
+from tools.page import Section, page
+
+VOID = {"meta", "img", "br"}
+
+
+class Reader(HTMLParser):
+    """Collects a page's attributes and text, and checks that its tags close in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.attributes, self.open, self.words = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def answers(rows, name="a"):
+    """Return the answers of given probabilities (n, N)."""
+    return Answers(name, torch.tensor(rows).clamp(min=1e-30).log(), {})
+
+
+def read(html):
+    reader = Reader()
+    reader.feed(html)
+    assert not reader.open
+    return reader
+
+
+def check_standalone(html):
+    """Assert that a page names no address outside itself and that every picture decodes; return their number."""
+    reader = read(html)
+    pictures = [value for tag, name, value in reader.attributes if (tag, name) == ("img", "src")]
+    for value in pictures:
+        kind, data = value.split(",", 1)
+        assert kind == "data:image/png;base64"
+        content = base64.b64decode(data, validate=True)
+        Image.open(io.BytesIO(content)).load()
+        assert b"http" not in content[:200]
+    rest = html
+    for value in pictures:
+        rest = rest.replace(value, "")
+    assert not re.search(r"//|https?:|url\(|@import|<script|<link|src=\"[^\"]", rest)
+    anchors = {value for _, name, value in reader.attributes if name == "id"}
+    assert {value[1:] for _, name, value in reader.attributes if name == "href"} == anchors
+    assert all(value for tag, name, value in reader.attributes if (tag, name) == ("img", "alt"))
+    return len(pictures)
+
+
+def test_calibration_by_hand():
+    """Two images in the bin of 0.9, one of them right, and one in that of 0.7, right."""
+    found = answers([[0.9, 0.1], [0.1, 0.9], [0.3, 0.7]])
+    confidence, accuracy, share, error = reliability(found, torch.tensor([0, 0, 1]))
+    assert share[13] == pytest.approx(2 / 3) and accuracy[13] == 0.5 and confidence[13] == pytest.approx(0.9)
+    assert error == pytest.approx(2 / 3 * 0.4 + 1 / 3 * 0.3, rel=1e-5)
+    assert reliability(answers([[1.0, 0.0]]), torch.tensor([0]))[3] == 0
+
+
+def test_agreement_and_confusion_by_hand():
+    labels = torch.tensor([0, 0, 1, 2, 2])
+    student = answers(torch.eye(3)[[0, 1, 1, 0, 1]].clamp(0.1).tolist())
+    teacher = answers(torch.eye(3)[[0, 0, 0, 0, 0]].clamp(0.1).tolist())
+    assert agreement(student, teacher, labels) == {
+        "both right": 20,
+        "student alone right": 20,
+        "teacher alone right": 20,
+        "same mistake": 20,
+        "different mistakes": 20,
+    }
+    assert confusion(student, labels).tolist() == [[1, 1, 0], [0, 1, 0], [1, 1, 0]]
+    assert by_class(student, labels).tolist() == [50, 100, 0]
+    assert overview(student, teacher, labels)["agreement"] == pytest.approx(40)
+
+
+def test_divergence_is_of_jensen_and_shannon():
+    sure, unsure = answers([[1.0, 0.0], [1.0, 0.0], [0.2, 0.8]]), answers([[0.0, 1.0], [0.5, 0.5], [0.2, 0.8]])
+    middle = 0.5 * math.log2(1 / 0.75) + 0.5 * (0.5 * math.log2(0.5 / 0.75) + 0.5 * math.log2(0.5 / 0.25))
+    assert divergence(sure, unsure).tolist() == pytest.approx([1, middle, 0], abs=1e-6)
+
+
+def test_answers_by_rotation():
+    """Each classifier's share of right answers for each turn of the images, over batches of different sizes."""
+    torch.manual_seed(0)
+    network = models.create("resnet8_aux", 10).eval()
+    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
+    found, targets = ask("a", network, [(images[:4], labels[:4]), (images[4:], labels[4:])], torch.device("cpu"))
+    assert torch.equal(targets, labels) and found.embeddings.shape == (6, 64)
+    with torch.no_grad():
+        for turns in range(4):
+            logits, aux_logits = network(images.rot90(turns, (2, 3)))
+            shares = [100 * (logits.argmax(1) == labels).float().mean().item()]
+            shares += [100 * (aux.argmax(1) == 4 * labels + turns).float().mean().item() for aux in aux_logits]
+            names = ["classes", *(f"head {number}, class and rotation" for number in (1, 2, 3))]
+            assert [found.by_rotation[name][turns] for name in names] == pytest.approx(shares)
+        torch.testing.assert_close(found.logits, network(images)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_page_escapes_what_it_shows():
+    part = Section("<b> & co", 'a "quote" <i>', [(["<h>"], [["<c>"]])], [("data:image/png;base64,", 'x"y\n<z>')])
+    reader = read(page("<t>", "<u>", [part]))
+    assert {"<t>", "<u>", "<b> & co", 'a "quote" <i>', "<h>", "<c>"} <= set(reader.words)
+
+
+def test_embeddings_are_mapped():
+    found = answers([[0.9, 0.1]] * 12)
+    found.embeddings = torch.randn(12, 5)
+    assert figures.uri(figures.embedding_map(found, torch.arange(12) % 2, ["a", "b"])).startswith("data:image/png")
+
+
+@pytest.mark.slow
+def test_a_page_of_runs_stands_alone(tmp_path, capsys):
+    """A student with heads and a log, one without either, and a pair's better network, beside their teacher."""
+    teacher, plain = save_teacher(tmp_path / "teacher.pth"), save_teacher(tmp_path / "plain.pth", "resnet14")
+    command = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", teacher, *QUICK, "--epochs", 2)
+    run("train_student_cifar", *command, "--checkpoint-dir", tmp_path / "runs")
+    run(
+        "train_online_kd_cifar",
+        "--arch",
+        "resnet8_resnet8",
+        *QUICK,
+        "--epochs",
+        1,
+        "--checkpoint-dir",
+        tmp_path / "pair",
+    )
+    hsakd, pair = tmp_path.glob("runs/*/resnet8_aux.pth.tar"), tmp_path.glob("pair/*/resnet8_resnet8.pth.tar")
+    content = torch.load(plain, weights_only=True)
+    torch.save({**content, "arch": "resnet14", "method": "kd"}, plain)
+    words = ["--weights", next(hsakd), plain, next(pair), "--teacher", teacher, "--tarch", "resnet8_aux"]
+    analyse.main(analyse.parse_args([*map(str, words), "--out", f"{tmp_path}/page.html"]))
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert check_standalone(html) == 9 + 3 * analyse.EXTREMES
+    text = " ".join(read(html).words)
+    for title in ("Overview", "Learning curves", "Heads over the epochs", "Accuracy by class", "Confusion"):
+        assert title in text
+    for title in ("Calibration", "Agreement with the teacher", "Rotated images", "hssakd differs most"):
+        assert title in text
+    logged = json.loads(next(tmp_path.glob("runs/*/log.jsonl")).read_text().splitlines()[-1])["test/top1"]
+    row = re.search(r"<td>hsakd</td><td>([\d.]+)</td>", html)
+    assert len(html) < 5e6 and float(row[1]) == pytest.approx(logged, abs=0.6)
+
+
+def test_weights_that_do_not_say_what_they_are(tmp_path):
+    path = str(save_teacher(tmp_path / "t.pth"))
+    with pytest.raises(analyse.UserError, match="--arch"):
+        analyse.main(analyse.parse_args(["--weights", path, "--teacher", path, "--out", str(tmp_path / "p.html")]))

@@ -1,0 +1,76 @@
+"""The driver of the table of methods: its commands run, what is done is left out, and report.py reads its file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_recorded_losses import CLASSES, write_cifar
+
+import report
+from scripts import parsed, save_teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ["alone", "kd", "dkd", "dist", "wttm", "crd", "reviewkd", "dpcd", "hssakd", "hsakd"]
+BEYOND = ["hsakd_standardized", "hsakd_dist", "hsakd_strong"]
+SMALL = ["--epochs", "1", "--milestones", "1", "--limit-batches", "2", "--batch-size", "4", "--amp", "off"]
+
+
+def table(folder, *words, **settings):
+    """Run the driver with its files in `folder`; return the lines that it prints."""
+    known = {"CHECKPOINTS": folder, "DATA": folder, "RESULTS": folder / "table.jsonl", "TEACHER": folder / "t.pth"}
+    known = {name: str(value) for name, value in {**known, **settings}.items()}
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "table.sh", *words], capture_output=True, text=True, env={**os.environ, **known}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def commands(folder, **settings):
+    """Return {(row, seed): parsed arguments} of the training commands that the driver would run."""
+    lines = table(folder, PYTHON="echo", **settings)
+    words = [line.split() for line in lines if not line.startswith("-m")]
+    found = [parsed(script.removesuffix(".py"), *argv) for script, *argv in words]
+    return {(args.tag, args.manual_seed): args for args in found}
+
+
+def test_every_row_is_a_command_of_equal_steps(tmp_path):
+    found = commands(tmp_path, ROWS=" ".join(ROWS + BEYOND))
+    assert found.keys() == {(row, seed) for row in ROWS + BEYOND for seed in range(3)} - {("hssakd", 2)}
+    for args in found.values():
+        assert (args.epochs, args.milestones, args.init_lr, args.batch_size) == (15, [9, 11, 13], 0.05, 64)
+        assert getattr(args, "loss_warmup", 1) == 1 and args.dataset == "cifar100"
+    assert found["crd", 0].negatives == 4096
+    assert found["hsakd_standardized", 0].standardize and not found["hsakd", 0].standardize
+    assert found["hsakd_strong", 0].augment == "strong" and found["hsakd", 0].augment is None
+
+
+def test_stored_outputs_serve_the_methods_that_read_logits_or_heads(tmp_path):
+    found = commands(tmp_path, ROWS=" ".join(ROWS + BEYOND), SEEDS="0", VIEWS="8", STORE=tmp_path / "store")
+    stored = {row for (row, _), args in found.items() if vars(args).get("views") == 8 and args.teacher_cache}
+    assert stored == set(ROWS + BEYOND) - {"alone", "crd", "reviewkd", "hssakd"}
+
+
+@pytest.mark.slow
+def test_a_run_is_collected_and_then_left_out(tmp_path):
+    """One row's command for two steps on made images; its line is what report.py reads."""
+    write_cifar(tmp_path)
+    save_teacher(tmp_path / "t.pth", "resnet20_aux", CLASSES)
+    table(tmp_path, "row", "hsakd", "1", *SMALL, PYTHON=sys.executable, VIEWS="2", STORE=tmp_path / "store")
+    (line,) = map(json.loads, (tmp_path / "table.jsonl").read_text().splitlines())
+    assert (line["name"], line["seed"], len(line["log"])) == ("hsakd", 1, 1) and "torch" in line["versions"]
+    assert line["args"]["method"] == "hsakd" and "checkpoint_dir" not in line["args"]
+    (run,) = report.find_runs([tmp_path / "table.jsonl"])
+    assert run.finished and run.epochs[-1]["test/top1"] >= 0
+    assert commands(tmp_path, ROWS="hsakd kd", SEEDS="1").keys() == {("kd", 1)}
+
+
+def test_an_unfinished_run_is_not_collected(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps({"epochs": 2, "manual_seed": 0}))
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n')
+    words = [sys.executable, "-m", "tools.collect", "kd", tmp_path, "--into", tmp_path / "table.jsonl"]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 2
+    assert not (tmp_path / "table.jsonl").exists()

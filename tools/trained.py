@@ -1,0 +1,174 @@
+"""Trained weights and how their images are read, for the scripts that use a network without training it."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import imagesets
+import models
+import options
+import utils
+from imagesets.folders import ENDINGS
+from imagesets.from_files import Reader
+from imagesets.images import ImageSet, header
+from models import hub
+from options.parser import line_list, statistic
+from utils import Checkpoint, UserError, World
+
+
+def add_weights(parser: options.Parser) -> None:
+    """Add the weights, their network and how their images are read; by default all of it is as the weights record."""
+    add = parser.add_argument_group("weights").add_argument
+    add("--weights", type=options.path, required=True, metavar="FILE", help="trained weights")
+    options.add_choice(add, "--weights")
+    add("--arch", type=options.architecture, help="network; default: the one that the weights record")
+    add = parser.add_argument_group("images (default: as the weights record)").add_argument
+    add("--image-size", type=options.positive, metavar="N", help="pixels a side")
+    add("--resize", choices=["crop", "squash", "pad"], help="how images become square")
+    add("--margin", type=options.above_zero, help="shorter side before the centre crop, in sizes: 1.143 is 256 / 224")
+    add("--mean", type=statistic, nargs="+", metavar="A", help="mean of the normalisation, 1 or 3 numbers from 0 to 1")
+    add("--std", type=statistic, nargs="+", metavar="A", help="standard deviation, likewise")
+    add("--class-names", type=line_list, metavar="FILE", help="names of the classes, one a line")
+    add("--batch-size", type=options.positive, default=64, help="images of a forward pass (default: %(default)s)")
+    readers = min(4, utils.available_cores())
+    add("--num-workers", type=options.natural, default=readers, help="readers of images (default: %(default)s)")
+
+
+def check_statistics(parser: options.Parser, args: argparse.Namespace) -> None:
+    """Spread single numbers of --mean and --std to three channels; exit with one line if there are not 1 or 3."""
+    for name in ("mean", "std"):
+        values = getattr(args, name)
+        if values and (len(values) not in (1, 3) or "auto" in values or (name == "std" and 0 in values)):
+            parser.error(f"--{name}: expected 1 or 3 numbers, got {' '.join(map(str, values))}")
+        setattr(args, name, values and values * (3 // len(values)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A plain network in evaluation mode, (B, 3, S, S) -> logits (B, N), and what its images are."""
+
+    network: nn.Module
+    arch: str
+    classes: list[str]
+    size: int  # S, pixels a side
+    mean: tuple[float, ...]  # of the normalisation, on the scale 0 to 1
+    std: tuple[float, ...]
+    resize: str = "crop"  # crop, squash or pad
+    margin: float = 1.0  # shorter side before the centre crop, in sizes
+    grey_range: tuple[int, int] = (0, 65535)  # 16-bit values that become black and white
+    info: dict[str, Any] = field(default_factory=dict)  # what the file records of its training images
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments by which `imagesets` reads a data set as this network's images are read."""
+        own = {name: getattr(self, name) for name in ("size", "mean", "std", "resize", "grey_range")}
+        return {**imagesets.recorded(self.info), **own}
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What a program must know to use the network: how images become its input, and what its outputs mean."""
+        return {
+            "arch": self.arch,
+            "input": f"float32 (batch, 3, {self.size}, {self.size}), RGB, (pixel / 255 - mean) / std",
+            "output": f"logits (batch, {len(self.classes)})",
+            "size": self.size,
+            "resize": self.resize,
+            "resized_side": round(self.size * self.margin) if self.resize == "crop" else self.size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "grey_range": list(self.grey_range),
+            "class_names": self.classes,
+        }
+
+    def read(self, paths: list[str], batch_size: int, workers: int, world: World) -> Iterator[tuple[Tensor, list[str]]]:
+        """Yield (images (B, 3, S, S) float32, their paths) of image files, read as test images are.
+
+        An unreadable image is named on stderr and left out.
+        """
+        labels, encoded = torch.zeros(len(paths), dtype=torch.int64), np.array([os.fsencode(path) for path in paths])
+        how = {"resize": self.resize, "margin": self.margin, "grey_range": self.grey_range}
+        images = ImageSet(labels, self.classes, (self.mean, self.std), self.size, paths=encoded, in_memory=False, **how)
+        workers = 0 if len(paths) <= batch_size else workers  # a few images are read before a process has started
+        reader = Reader(images, images.fitting(), world, workers, skip_bad_images=True)
+        numbers = torch.arange(len(paths)).split(batch_size)
+        for pixels, _, index, *_ in reader.read([[(number, (0,)) for number in part.tolist()] for part in numbers]):
+            yield pixels, [paths[number] for number in index.tolist()]
+
+
+def load(args: argparse.Namespace, world: World) -> Trained:
+    """Return the network that the flags of `add_weights` name; UserError if anything is missing or does not fit."""
+    checkpoint = Checkpoint(args.weights, args.weights_key)
+    arch = args.arch or checkpoint.arch
+    if not arch:
+        raise UserError(f"{args.weights}: does not say its network: give --arch")
+    if not args.arch and hub.is_file(arch):
+        raise UserError(f"{args.weights}: its network is code, {arch}: if you trust it, name it with --arch")
+    try:
+        arch = models.backbone_name(arch, args.net or checkpoint.best_net or 1)
+    except ValueError as error:
+        raise UserError(f"{args.weights}: {error}") from None
+    settings = reading(args, checkpoint, arch)
+    classes = args.class_names or checkpoint.info.get("class_names")
+    classes = classes or [str(number) for number in range(checkpoint.num_classes)]
+    if len(classes) != checkpoint.num_classes:
+        raise UserError(f"{args.weights}: {checkpoint.num_classes} classes, but {len(classes)} class names")
+    network = models.create(arch, len(classes), size=settings["size"])
+    checkpoint.load_into(network, args.net)
+    network = network.to(world.device, memory_format=torch.channels_last).eval()
+    check_size(network, arch, settings["size"], world.device)
+    return Trained(network, arch, classes, **settings, info=checkpoint.info)
+
+
+def reading(args: argparse.Namespace, checkpoint: Checkpoint, arch: str) -> dict[str, Any]:
+    """Return how images are read, the last fields of `Trained`: as flags, the weights or the network's library say."""
+    info = checkpoint.info
+    found = {"margin": 256 / 224} if info.get("dataset") == "imagenet" else {}
+    if hub.is_external(arch):
+        found |= {"size": hub.default_size(arch)} | dict(
+            zip(("mean", "std"), hub.normalisation(arch) or (), strict=False)
+        )
+    names = ("size", "mean", "std", "resize", "margin", "grey_range")
+    found |= {name: value for name, value in imagesets.recorded(info).items() if name in names}
+    given = {name: getattr(args, "image_size" if name == "size" else name, None) for name in names}
+    found |= {name: value for name, value in given.items() if value is not None}
+    missing = [
+        f"--{flag}" for name, flag in (("size", "image-size"), ("mean", "mean"), ("std", "std")) if name not in found
+    ]
+    if missing:
+        raise UserError(f"{checkpoint.path}: does not say how its images are read: give {', '.join(missing)}")
+    return found
+
+
+@torch.no_grad()
+def check_size(network: nn.Module, arch: str, size: int, device: torch.device) -> None:
+    """Raise UserError, with the network's own words, if it does not take images of `size` pixels a side."""
+    try:
+        network(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"--image-size {size}: {arch} does not take it ({utils.first_line(error)})") from None
+
+
+def image_files(places: list[str]) -> list[str]:
+    """Return the image files that are named, and those in and below the folders that are, sorted, without hidden ones.
+
+    UserError for a folder without any.
+    """
+    found = []
+    for place in places:
+        if not os.path.isdir(place):
+            found.append(place)
+            continue
+        below = sorted(path for path in Path(place).rglob("*") if path.is_file())
+        shown = [path for path in below if not any(part.startswith(".") for part in path.relative_to(place).parts)]
+        images = [str(path) for path in shown if path.suffix.lower() in ENDINGS or header(str(path))]
+        if not images:
+            raise UserError(f"no images in {place}")
+        found += images
+    return found

@@ -1,0 +1,162 @@
+"""What a run starts from: weights of files, suited to its images and classes, and tested before the first step."""
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import imagesets
+import models
+import options
+from methods import Objective
+from methods.base import split_outputs
+from models.adapted import Adapted, Statistics
+from training.metrics import Totals, class_logits, hits, networks
+from training.precision import autocast
+from utils import Checkpoint, print_main, warn
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
+
+TESTED = 2000  # images, at most
+NEAR_CHANCE = 3  # points above the share of one class
+WORSE = 5  # points below what the weights' file records
+
+
+def class_order(theirs: list[str] | None, ours: list[str]) -> list[int] | None:
+    """Return the number in `theirs` of each class of `ours`; None if the order is the same, or the classes are not."""
+    if not theirs or theirs == ours or sorted(theirs) != sorted(ours):
+        return None
+    return [theirs.index(name) for name in ours]
+
+
+def suit_teacher(
+    teacher: nn.Module,
+    checkpoint: Checkpoint,
+    data: imagesets.Data,
+    mean: Iterable[float] | None = None,
+    std: Iterable[float] | None = None,
+) -> nn.Module:
+    """Return a teacher of a file for the images of `data`: wrapped if it was trained on other ones.
+
+    Its own statistics are `mean` and `std`, or else those that the file records, those that a library's network was
+    made for, or those of `data`.
+    """
+    imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
+    known = imagesets.recorded(checkpoint.info)
+    given = statistics_of(data.info)
+    made_for = statistics_of(options.own_statistics(teacher.arch), given)
+    own = statistics_of({"mean": mean, "std": std}, statistics_of(known, made_for))
+    order = class_order(known.get("class_names"), data.classes)
+    if own != given:
+        print_main(f"the teacher's images are normalised by its own {shown(own)}, not {shown(given)}")
+    if order:
+        print_main("the teacher's classes are matched by name: it has them in another order")
+    return Adapted(teacher, given, own, order) if order or own != given else teacher
+
+
+def shown(statistics: Statistics) -> str:
+    """Return a mean and a standard deviation as a line shows them."""
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in statistics)
+    return f"mean {mean} and std {std}"
+
+
+def load_backbone(
+    model: nn.Module,
+    path: str | os.PathLike | None,
+    data: imagesets.Data,
+    key: str | None = None,
+    renew: bool = True,
+) -> dict[str, str]:
+    """Load the weights of a file into the backbone of `model`, of a mutual pair into both; return {path: digest}.
+
+    With `renew` a classifier of another number of classes stays as it was initialised. One with the classes in another
+    order is reordered. UserError if the weights do not fit otherwise. Without a path nothing happens.
+    """
+    if not path:
+        return {}
+    checkpoint = Checkpoint(path, key, models.backbone_name(getattr(model, "arch", "resnet20")))
+    renewed = checkpoint.num_classes != data.num_classes
+    known = imagesets.recorded(checkpoint.info)
+    order = class_order(known.get("class_names"), data.classes)
+    for network in networks(model).values():
+        backbone = getattr(network, "backbone", network)
+        checkpoint.load_into(backbone, renew=renew)
+        if renewed:
+            del backbone.source  # its classifier is not the file's: there is no accuracy to expect
+        elif order:
+            last = [module for module in backbone.modules() if isinstance(module, nn.Linear)][-1]
+            last.load_state_dict({name: value[order] for name, value in last.state_dict().items()})
+    if renewed:
+        classes = f"the weights have {checkpoint.num_classes} classes, the images {data.num_classes}"
+        print_main(f"{checkpoint.path}: a new classifier, since {classes}")
+    elif order:
+        print_main(f"{checkpoint.path}: the classes are matched by name: the weights have them in another order")
+    info = {name: value for name, value in checkpoint.info.items() if name != "class_names" or not renewed}
+    imagesets.warn_of_other_data(info, data.test, checkpoint.path)
+    given = statistics_of(data.info)
+    own = statistics_of(known, given)
+    if own != given:
+        flags = " ".join(
+            f"--{flag} {' '.join(map(str, value))}" for flag, value in zip(("mean", "std"), own, strict=True)
+        )
+        warn(f"warning: {checkpoint.path}: trained on images with another normalisation, {flags}")
+    return {str(path): checkpoint.digest}
+
+
+def statistics_of(known: dict[str, Any], default: Statistics = ((), ())) -> Statistics:
+    """Return the mean and the standard deviation in `known`, or else the default ones."""
+    return tuple(known.get("mean") or default[0]), tuple(known.get("std") or default[1])
+
+
+def opening(trainer: "Trainer", test: bool) -> dict[str, Any]:
+    """Return what `args.json` holds beside settings: `image_set`, how images are read, and `tested`, accuracies.
+
+    With `test`, the teacher and a backbone that was loaded from a file are tested, and the accuracies printed.
+    """
+    images = {name: value for name, value in trainer.info.items() if name != "class_names"}
+    tested = {}
+    teacher, network = trainer.objective.teacher, next(iter(networks(trainer.model).values()))
+    backbone = getattr(network, "backbone", network)
+    # A method of the user's own may read a teacher whose outputs have a form of their own.
+    if test and isinstance(teacher, nn.Module) and type(trainer.objective).read_teacher is Objective.read_teacher:
+        tested["teacher"] = tested_accuracy(trainer, teacher, "the teacher", trainer.objective.reads == "heads")
+    if test and hasattr(backbone, "source"):
+        tested["backbone"] = tested_accuracy(trainer, backbone, "the pretrained backbone", False)
+    return {"image_set": images, "tested": tested}
+
+
+def tested_accuracy(trainer: "Trainer", network: nn.Module, name: str, heads: bool) -> dict[str, float]:
+    """Test a network on un-rotated test images; print its accuracies in percent, warn if they are low, return them."""
+    found, classes = accuracy(trainer, network, heads)
+    source = getattr(network, "source", {"acc": None, "own": False})
+    recorded = "" if source["acc"] is None else f" (its file records {source['acc']:.2f})"
+    each = ", ".join(f"{part} {value:.2f}" for part, value in found.items())
+    print_main(f"{name} on un-rotated test images: {each}{recorded}")
+    low = [part for part, value in found.items() if value < 100 / classes + NEAR_CHANCE]
+    hint = "are the classes in this order, and the images normalised as those it was trained on?"
+    if low:
+        warn(f"warning: {name} is near chance, 1 in {classes} ({', '.join(low)}): {hint}")
+    elif source["own"] and source["acc"] is not None and found["top1"] < source["acc"] - WORSE:
+        warn(f"warning: {name} is worse than its file records, {found['top1']:.2f} to {source['acc']:.2f}: {hint}")
+    return found
+
+
+@torch.no_grad()
+def accuracy(trainer: "Trainer", network: nn.Module, heads: bool) -> tuple[dict[str, float], int]:
+    """Return the top-1 in percent of a network, and of its heads' classes, on test images; and the classes' number."""
+    totals, device, mode = Totals(trainer.world.device), trainer.world.device, network.training
+    network.eval()
+    batches = trainer.test.some(TESTED) if hasattr(trainer.test, "some") else trainer.test
+    for images, labels in (batch[:2] for batch in batches):
+        labels = labels.to(device)
+        with autocast(device, trainer.precision):
+            logits, aux_logits, *_ = split_outputs(network(images.to(device)))
+        sums = {"top1": hits(logits, labels)}
+        for number, aux in enumerate(aux_logits if heads else (), 1):
+            sums[f"aux{number}"] = hits(class_logits(aux, aux.shape[1] // logits.shape[1]), labels)
+        totals.add({name: 100 * value for name, value in sums.items()}, len(labels))
+    network.train(mode)
+    return totals.means(), logits.shape[1]
