@@ -10,7 +10,7 @@ import operator
 import torch
 from torch import Tensor, fx, nn
 
-from models.tracer import META, TraceError, attribute, meta_copy, one_line
+from models.tracer import META, TraceError, attribute, has_tensor, meta_copy, one_line
 from models.tracing import Trace
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -129,12 +129,13 @@ class Stages:
         """Return the name of the layer with a weight matrix that makes a node, or None."""
         if node.op == "call_module":
             return node.target if _heavy(self._net.get_submodule(node.target)) else None
-        waiting = [given for given in node.all_input_nodes if given not in self._trace.derived]
-        while waiting:  # weights may be standardised before they are used
-            given = waiting.pop()
+        weights = [given for given in node.all_input_nodes if given not in self._trace.derived]
+        for given in weights:  # which grows: weights may be standardised before they are used
             if given.op == "get_attr" and attribute(self._net, given.target).ndim > 1:
                 return given.target
-            waiting += given.all_input_nodes
+            weights += [
+                other for other in given.all_input_nodes if has_tensor(other.meta["value"]) and other not in weights
+            ]
         return None
 
     def _is_feature_map(self, node: fx.Node, embedding: fx.Node) -> bool:
