@@ -34,7 +34,7 @@ RATE = 0.001  # of learning: random labels are not to diverge
 class Case(NamedTuple):
     """What is trained, and how much of it in a round."""
 
-    networks: str  # "teacher:student" for HSAKD, by their names without _aux; or a mutual pair; or a teacher
+    networks: str  # "teacher:student" for HSAKD, with or without their _aux; or a mutual pair; or a teacher
     batch_size: int = 64
     steps: int = 2
     amp: str = "auto"
@@ -43,8 +43,12 @@ class Case(NamedTuple):
     def names(self) -> tuple[str | None, str, int, int]:
         """Teacher, if there is one, and trained network; pixels a side and number of classes of their images."""
         teacher, _, student = self.networks.rpartition(":")
-        student = student if models.is_pair(student) else f"{student}_aux"
-        return teacher and f"{teacher}_aux", student, *((224, 1000) if models.is_imagenet(student) else (32, 100))
+        student = student if models.is_pair(student) else f"{models.backbone_name(student)}_aux"
+        return (
+            teacher and f"{models.backbone_name(teacher)}_aux",
+            student,
+            *((224, 1000) if models.is_imagenet(student) else (32, 100)),
+        )
 
     def create(self) -> tuple[torch.nn.Module, methods.Objective]:
         """Return (model, objective), freshly initialised from seed 0."""
@@ -113,9 +117,9 @@ class Reference:
 
 
 class Ours:
-    """The Trainer's epoch: default, compile, or without the teacher's pass: stored (in `folder`), stored-compile, memory.
+    """The Trainer's epoch: default, compile; without the teacher's pass stored (in `folder`), stored-compile, memory.
 
-    filling: fixed views alone.
+    The path filling is the default one on fixed views.
     """
 
     def __init__(self, case: Case, world: World, path: str = "default", folder: str | None = None):

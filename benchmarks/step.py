@@ -28,7 +28,7 @@ HEAD += ["of the matrix product's rate", "peak MiB"]
 
 def pair(text):
     """Check a flag's TEACHER:STUDENT."""
-    for name in filter(None, Case(text).names[:2]):
+    for name in text.split(":"):
         options.architecture(name)
     return text
 
