@@ -42,6 +42,11 @@ class Totals:
         *sums, count = (sum_over_ranks(both) if over_ranks else both).tolist()
         return {name: value / count for name, value in zip(self.names, sums, strict=True)}
 
+    def shown(self) -> dict[str, float]:
+        """Return the loss and the accuracies of this rank's images so far."""
+        means = self.means(over_ranks=False)
+        return {name: value for name, value in means.items() if name == "loss" or name.endswith("top1")}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the sums over all ranks."""
         if self.sums is None:

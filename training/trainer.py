@@ -193,7 +193,7 @@ class Trainer:
         title, steps = f"epoch {epoch + 1}/{self.epochs}", len(self.train)
         self.saved_at = time.monotonic()
         self.step.wrapped.train()
-        progress = Progress(title, self.step_in_epoch, steps, self.world.is_main, self.means_so_far)
+        progress = Progress(title, self.step_in_epoch, steps, self.world.is_main, self.totals.shown)
         with contextlib.closing(progress), contextlib.closing(self.batches(epoch)) as batches:
             for batch in batches:
                 factor = rate_factor(
@@ -223,11 +223,6 @@ class Trainer:
     def resumable(self) -> bool:
         """Whether an epoch can be entered at any step."""
         return hasattr(self.train, "epoch")
-
-    def means_so_far(self) -> dict[str, float]:
-        """Return this process's loss and accuracy in the epoch so far."""
-        means = self.totals.means(over_ranks=False)
-        return {name: value for name, value in means.items() if name == "loss" or name.endswith("top1")}
 
     def save_if_due(self, epoch: int, stop: launch.StopSignal) -> None:
         """Save inside the epoch if a signal asks for it, then raise Preempted, or if the last save is long ago."""
