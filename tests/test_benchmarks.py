@@ -101,4 +101,4 @@ def test_the_reference_mirrors_what_this_project_mirrors(flip):
 def test_a_pair_that_does_not_exist_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         step.main(["--pairs", "resnet56:resnet21"])
-    assert stop.value.code == 2 and "resnet20_aux" in capsys.readouterr().err
+    assert stop.value.code == 2 and "nearest: resnet" in capsys.readouterr().err
