@@ -1,6 +1,6 @@
 """All that waits for a GPU, in one command: its tests, the speed of every way to train, NCCL on all GPUs.
 
-    python benchmarks/gpu.py --quick          two pairs in about ten minutes
+    python benchmarks/gpu.py --quick          two pairs, three rounds
     python benchmarks/gpu.py                  all published pairs, and ResNet-20 -> ResNet-8
 
 A run is added to those in OUTPUT.json, and OUTPUT.md is written anew from all of them: images/s, ratios, share of a
