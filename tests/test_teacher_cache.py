@@ -24,6 +24,7 @@ import methods
 import models
 from scripts import WORLD, run, save_teacher, status
 from training import Trainer, teacher_cache
+from utils import World
 
 ROOT = Path(__file__).parents[1]
 STUDENT = "train_student_few_shot"
@@ -286,3 +287,20 @@ def test_two_processes_share_the_filling(tmp_path):
         (tmp_path / "both" / rank).unlink()
     fill(tmp_path / "one")
     assert stored(tmp_path / "both") == stored(tmp_path / "one")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pytest -m cuda")
+def test_a_gpu_holds_the_store_if_it_fits(tmp_path, monkeypatch):
+    """Else the rows come from the host's memory; they are what the teacher computes."""
+    device = torch.device("cuda", 0)
+    inside = trainer(tmp_path, world=World(0, 1, device))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
+    outside = trainer(tmp_path, world=World(0, 1, device))
+    assert torch.is_tensor(inside.cache.values) and isinstance(outside.cache.values, np.memmap)
+    images, _, index, view = next(inside.train.epoch(0))
+    found, other = (made.cache.rows(index, view) for made in (inside, outside))
+    expected = trainer(world=World(0, 1, device)).objective.read_teacher(images)
+    for one, two, three in zip(found.aux_logits, other.aux_logits, expected.aux_logits, strict=True):
+        assert one.device == two.device == device and torch.equal(one, two)
+        assert torch.allclose(one, three, rtol=0.02, atol=0.02)  # TF32
