@@ -192,7 +192,7 @@ def test_what_cannot_be_stored_is_one_line(words, said, teacher, tmp_path, capsy
     assert said in last[-1] and not list(tmp_path.glob("runs/*/args.json"))
 
 
-@pytest.mark.parametrize("lost", ["outputs.bin", "marks.bin", "half of outputs.bin"])
+@pytest.mark.parametrize("lost", ["outputs.bin", "half of outputs.bin"])
 def test_a_damaged_store_is_filled_again(lost, tmp_path):
     """Files that a user has deleted, or that a kill left too short."""
     trainer(tmp_path)
@@ -201,8 +201,6 @@ def test_a_damaged_store_is_filled_again(lost, tmp_path):
         os.truncate(folder / "outputs.bin", len(whole["outputs.bin"]) // 2)
     else:
         (folder / lost).unlink()
-        if lost == "marks.bin":
-            (folder / "complete.json").unlink()
     trainer(tmp_path)
     assert stored(tmp_path) == whole
 
@@ -252,16 +250,8 @@ def test_killed_while_it_is_filled(tmp_path):
 def test_two_runs_that_fill_at_once(teacher, tmp_path):
     """One fills, the other waits and reads."""
     words = [*WORDS, "--tcheckpoint", teacher, "--checkpoint-dir", tmp_path, "--teacher-cache", tmp_path / "store"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, f"{STUDENT}.py", *map(str, words), "--tag", name],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("one", "two")
-    ]
+    command, pipe = [sys.executable, f"{STUDENT}.py", *map(str, words), "--tag"], subprocess.PIPE
+    processes = [subprocess.Popen([*command, name], cwd=ROOT, stdout=pipe, text=True) for name in ("one", "two")]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted("rows are missing" in output for output in outputs) == [False, True]
