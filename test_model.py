@@ -14,7 +14,7 @@ import imagesets
 import options
 import utils
 from training import launch
-from training.metrics import confusion, cost, evaluate
+from training.metrics import by_class, confusion, cost, evaluate, table_of
 from training.precision import resolve_precision, type_name
 from training.run_folder import json_ready
 
@@ -72,29 +72,8 @@ def main(args, world):
 
         draw_confusion(matrix, images.classes, args.confusion)
     classes = by_class(matrix, images.classes)
-    shown = [*table(classes), *lines(result)]
+    shown = [*table_of(classes), *lines(result)]
     utils.print_main(json.dumps(json_ready({**result, "classes": classes})) if args.json else "\n".join(shown))
-
-
-def by_class(matrix, names):
-    """Return, of each class, its images, its accuracy in percent and the class that it is most often taken for."""
-    found = []
-    for number, (name, row) in enumerate(zip(names, matrix.tolist(), strict=True)):
-        images, wrong = sum(row), [0 if other == number else count for other, count in enumerate(row)]
-        entry = {"name": name, "images": images, "top1": 100 * row[number] / images if images else None}
-        taken = names[wrong.index(max(wrong))] if any(wrong) else None
-        found.append({**entry, "taken_for": taken, "times": max(wrong)})
-    return found
-
-
-def table(classes):
-    """Return the lines of a table of `by_class`."""
-    width = max(len(entry["name"]) for entry in classes)
-    yield f"{'class':{width}}  images   top-1  most often taken for"
-    for entry in classes:
-        top1 = "-" if entry["top1"] is None else f"{entry['top1']:.2f}"
-        taken = f"{entry['taken_for']} ({entry['times']})" if entry["times"] else ""
-        yield f"{entry['name']:{width}}  {entry['images']:6}  {top1:>6}  {taken}".rstrip()
 
 
 def lines(result):

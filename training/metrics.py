@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -192,6 +192,27 @@ def confusion(network: nn.Module, batches: Iterable, device: torch.device, dtype
         cells = labels.to(device) * logits.shape[1] + logits.argmax(1)
         matrix = matrix + cells.bincount(minlength=logits.shape[1] ** 2).view(logits.shape[1], -1)
     return sum_over_ranks(matrix)
+
+
+def by_class(matrix: Tensor, names: list[str]) -> list[dict[str, Any]]:
+    """Return, of each class, its images, its accuracy in percent and the class that it is most often taken for."""
+    found = []
+    for number, (name, row) in enumerate(zip(names, matrix.tolist(), strict=True)):
+        images, wrong = sum(row), [0 if other == number else count for other, count in enumerate(row)]
+        entry = {"name": name, "images": images, "top1": 100 * row[number] / images if images else None}
+        taken = names[wrong.index(max(wrong))] if any(wrong) else None
+        found.append({**entry, "taken_for": taken, "times": max(wrong)})
+    return found
+
+
+def table_of(classes: list[dict[str, Any]]) -> Iterator[str]:
+    """Return the lines of a table of `by_class`."""
+    width = max(len(entry["name"]) for entry in classes)
+    yield f"{'class':{width}}  images   top-1  most often taken for"
+    for entry in classes:
+        top1 = "-" if entry["top1"] is None else f"{entry['top1']:.2f}"
+        taken = f"{entry['taken_for']} ({entry['times']})" if entry["times"] else ""
+        yield f"{entry['name']:{width}}  {entry['images']:6}  {top1:>6}  {taken}".rstrip()
 
 
 def multiply_adds(network: nn.Module, size: int) -> int:
