@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import models
 from models import state_dicts
@@ -79,7 +80,7 @@ def print_main(text: object) -> None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the bare network inside DataParallel (`.module`) and torch.compile (`._orig_mod`), in any order."""
-    while hasattr(model, "_orig_mod") or hasattr(model, "module"):
+    while hasattr(model, "_orig_mod") or isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 
@@ -136,8 +137,10 @@ def read_file(path: str | os.PathLike) -> dict:
     return content
 
 
-def hub_content(arch: str) -> dict:
+def hub_content(arch: str | None) -> dict:
     """Return a checkpoint's content for the library's own weights of a network; ValueError if they cannot be had."""
+    if arch is None:
+        raise ValueError("a library's own weights do not name their network: give --arch")
     mean, std = models.normalisation(arch) or (None, None)
     return {"state_dict": models.hub_weights(arch), "info": {"mean": mean, "std": std}}
 

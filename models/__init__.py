@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models import external, hub, mobilenetv2, resnet, resnet_cifar, shufflenetv1, shufflenetv2, vgg, wrn
-from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, MutualPair, stage_features
+from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, MutualPair, backbone_of, stage_features
 from models.external import attach_auxiliary, read_stages
 from models.hub import hub_weights, is_external, is_file, normalisation
 from models.layers import Backbone
@@ -24,6 +24,7 @@ __all__ = [
     "MutualPair",
     "attach_auxiliary",
     "backbone_name",
+    "backbone_of",
     "create",
     "create_pair",
     "hub_weights",

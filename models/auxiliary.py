@@ -152,12 +152,17 @@ class MutualPair(nn.Module):
         return [logits1, logits2], [aux_logits1, aux_logits2]
 
 
+def backbone_of(network: nn.Module) -> nn.Module:
+    """Return the backbone of an `AuxiliaryNet`, any other network itself."""
+    return network.backbone if isinstance(network, AuxiliaryNet) else network
+
+
 def stage_features(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """Return the feature maps (B, C, H, W) of a network's stages, shallow to deep, its embedding (B, D) and its logits.
 
     `net` is a backbone of `models`, an `AuxiliaryNet` or a network whose stages `models.read_stages` has found.
     """
-    net = net.backbone if isinstance(net, AuxiliaryNet) else net
+    net = backbone_of(net)
     if (reader := vars(net).get("stage_reader")) is None:
         taps, embedding = net.features(x)
         return taps, embedding, net.head(embedding)

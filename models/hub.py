@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torchvision
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ _LIBRARIES = ("torchvision", "timm")
 # Families of torchvision whose networks are made for one size of image, and the argument that names it.
 _SIZE_ARGUMENT = {"vit": "image_size", "maxvit": "input_size"}
 _OWN_HEADS = ("googlenet", "inception_v3")  # torchvision's, with auxiliary classifiers of another kind
-_OWN_HEAD_KEYS = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def is_external(name: str) -> bool:
@@ -71,7 +71,11 @@ def builder(name: str, num_classes: int, size: int | None = None) -> Callable[[]
         timm = _timm(name)
         return lambda: timm.create_model(bare, num_classes=num_classes, **arguments)
     if bare in _OWN_HEADS:
-        arguments |= {"aux_logits": False, "init_weights": True}
+        arguments |= {
+            "aux_logits": False,
+            "init_weights": True,
+            "transform_input": True,
+        }  # as their weights were trained
     return lambda: torchvision.models.get_model(bare, weights=None, num_classes=num_classes, **arguments)
 
 
@@ -85,27 +89,38 @@ def hub_weights(name: str) -> dict[str, Tensor]:
     try:
         if library == "timm":
             return _timm(name).create_model(bare, pretrained=True).state_dict()
-        state = torchvision.models.get_model_weights(bare).DEFAULT.get_state_dict(progress=False, check_hash=True)
+        return torchvision.models.get_model_weights(bare).DEFAULT.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, ValueError) as error:  # what urllib, torch.hub and huggingface_hub raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(
             f"the weights of {name} cannot be downloaded ({reason}): give a file of them instead"
         ) from None
-    return {key: value for key, value in state.items() if not key.startswith(_OWN_HEAD_KEYS)}
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return the mean and std that the library's own weights expect of images in [0, 1]; None if it says nothing."""
+    found = _images_of(name)
+    return found and (tuple(found.mean), tuple(found.std))
+
+
+def margin(name: str) -> float:
+    """Return the shorter side, in sizes, to which images of the library's own weights are resized before the crop."""
+    found = _images_of(name)
+    if not found:
+        return 1.0
+    return 1 / found.crop_pct if name.startswith("timm/") else found.resize_size[0] / found.crop_size[0]
+
+
+def _images_of(name: str) -> Any:
+    """Return the library's description of the images that its own weights expect; None of a file."""
     name = name.removesuffix("_aux")
     library, _, bare = name.partition("/")
     if library not in _LIBRARIES:
         return None
     check(name)
     if library == "timm":
-        found = _timm(name).get_pretrained_cfg(bare)
-    else:
-        found = torchvision.models.get_model_weights(bare).DEFAULT.transforms()
-    return tuple(found.mean), tuple(found.std)
+        return _timm(name).get_pretrained_cfg(bare)
+    return torchvision.models.get_model_weights(bare).DEFAULT.transforms()
 
 
 def _size_argument(name: str, size: int | None) -> dict:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 HEAD_WEIGHT = re.compile(r"(fc\d?|linear|classifier|head)\.weight$")  # the last layer of every published network
+LIBRARY_HEADS = re.compile(r"(aux[12]|AuxLogits)\.")  # GoogLeNet's and Inception's own, which this project leaves out
 COUNTERS = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$")  # thop's and AveragedModel's: no weights
 EMA_KEYS = ("state_dict_ema", "model_ema")  # timm's and torchvision's training scripts'
 WEIGHT_KEYS = ("net", "state_dict", "model")  # the authors', most others', the CRD and mdistiller teacher zoos'
@@ -81,6 +82,8 @@ def widths(state: dict[str, Tensor], num_classes: int | None = None) -> tuple[in
     They are read off the classifiers' widths where `num_classes` is not given; ValueError if there is no classifier.
     """
     matrices = {key: value.shape[0] for key, value in state.items() if value.dim() == 2}
+    if not matrices:  # SqueezeNet's classifier is a 1 x 1 convolution
+        matrices = {key: value.shape[0] for key, value in state.items() if value.shape[2:] == (1, 1)}
     heads = {key: width for key, width in matrices.items() if HEAD_WEIGHT.search(key)}
     joint = [width for key, width in heads.items() if "auxiliary_classifier" in key]
     plain = [width for key, width in (heads or matrices).items() if "auxiliary_classifier" not in key]
@@ -98,6 +101,7 @@ def part_of(state: dict[str, Tensor], expected: dict[str, Tensor], net: int = 1)
     A prefix that all keys share, such as Lightning's `model.`, is stripped. Other keys are kept, to be reported,
     unless they belong to the rest of an auxiliary network or of a pair.
     """
+    state = {k: v for k, v in state.items() if k in expected or not LIBRARY_HEADS.match(k)}
     shared = os.path.commonprefix([key.split(".") for key in state])
     common = [".".join(shared[:count]) + "." for count in range(1, len(shared) + 1)]
     for prefix in ("", f"net{net}.", "backbone.", f"net{net}.backbone.", *common):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses import joint_labels, rotate
+from models import AuxiliaryNet, backbone_of
 from training.metrics import class_logits
 
 BINS = 15
@@ -41,7 +42,7 @@ class Answers:
 @torch.no_grad()
 def ask(name: str, network: nn.Module, batches: Iterable, device: torch.device) -> tuple[Answers, Tensor]:
     """Return a network's answers on all test images, and their labels (n,)."""
-    backbone, heads = getattr(network, "backbone", network), hasattr(network, "auxiliary_classifier")
+    backbone, heads = backbone_of(network), isinstance(network, AuxiliaryNet)
     logits, embeddings, labels, right = [], [], [], {}
     for images, targets in batches:
         views, targets = rotate(images.to(device)), targets.to(device)

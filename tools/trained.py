@@ -104,7 +104,7 @@ class Trained:
 
 def load(args: argparse.Namespace, world: World) -> Trained:
     """Return the network that the flags of `add_weights` name; UserError if anything is missing or does not fit."""
-    checkpoint = Checkpoint(args.weights, args.weights_key)
+    checkpoint = Checkpoint(args.weights, args.weights_key, args.arch)
     arch = args.arch or checkpoint.arch
     if not arch:
         raise UserError(f"{args.weights}: does not say its network: give --arch")
@@ -131,9 +131,8 @@ def reading(args: argparse.Namespace, checkpoint: Checkpoint, arch: str) -> dict
     info = checkpoint.info
     found = {"margin": 256 / 224} if info.get("dataset") == "imagenet" else {}
     if hub.is_external(arch):
-        found |= {"size": hub.default_size(arch)} | dict(
-            zip(("mean", "std"), hub.normalisation(arch) or (), strict=False)
-        )
+        found |= {"size": hub.default_size(arch), **options.own_statistics(arch)}
+        found |= {} if "dataset" in info else {"margin": hub.margin(arch)}
     names = ("size", "mean", "std", "resize", "margin", "grey_range")
     found |= {name: value for name, value in imagesets.recorded(info).items() if name in names}
     given = {name: getattr(args, "image_size" if name == "size" else name, None) for name in names}

@@ -12,6 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from losses import joint_labels, rotate
 from methods import Predictions
+from methods.base import split_outputs
+from models import MutualPair, backbone_of
+from models.tracer import META, meta_copy
 from training.distributed import sum_over_ranks
 from training.precision import autocast
 from utils import unwrap
@@ -114,15 +117,16 @@ def training_sums(terms: dict[str, Tensor], predictions: Predictions, labels: Te
 def networks(model: nn.Module) -> dict[str, nn.Module]:
     """Return prefix -> network: the two of a mutual pair, or the one there is."""
     model = unwrap(model)
-    return {"net1/": model.net1, "net2/": model.net2} if hasattr(model, "net1") else {"": model}
+    return {"net1/": model.net1, "net2/": model.net2} if isinstance(model, MutualPair) else {"": model}
 
 
 def test_logits(network: nn.Module, images: Tensor, heads: bool) -> tuple[Tensor, list[Tensor]]:
     """Return the class logits (B, N) of images (B, C, H, W), and with `heads` the auxiliary logits of all views."""
-    if heads and hasattr(network, "auxiliary_classifier"):
-        logits, aux_logits = network(rotate(images, network.rotations))
-        return logits[:: network.rotations].float(), aux_logits
-    return getattr(network, "backbone", network)(images).float(), []
+    views = getattr(network, "rotations", None) if heads else None
+    if views is None:
+        return split_outputs(backbone_of(network)(images)).logits.float(), []
+    outputs = split_outputs(network(rotate(images, views)))
+    return outputs.logits[::views].float(), outputs.aux_logits
 
 
 def test_sums(network: nn.Module, images: Tensor, labels: Tensor, heads: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -217,15 +221,22 @@ def table_of(classes: list[dict[str, Any]]) -> Iterator[str]:
 
 def multiply_adds(network: nn.Module, size: int) -> int:
     """Return the multiply-adds of one forward pass of an image of `size` pixels a side."""
-    image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
+    try:
+        return counted(meta_copy(network), torch.empty(1, 3, size, size, device=META))
+    except Exception:  # whatever the network's own code raises if it looks at values
+        return counted(network, torch.zeros(1, 3, size, size, device=next(network.parameters()).device))
+
+
+def counted(network: nn.Module, images: Tensor) -> int:
+    """Return the multiply-adds of one forward pass of `images` (B, 3, H, W)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image)
+        network(images)
     return counter.get_total_flops() // 2
 
 
 def cost(network: nn.Module, size: int) -> dict[str, dict[str, int]]:
     """Return name -> parameters and multiply-adds, of the backbone and with the auxiliary classifiers."""
-    parts = {"backbone": getattr(network, "backbone", network), "with_heads": network}
+    parts = {"backbone": backbone_of(network), "with_heads": network}
     return {
         name: {"parameters": sum(p.numel() for p in part.parameters()), "multiply_adds": multiply_adds(part, size)}
         for name, part in parts.items()

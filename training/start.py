@@ -82,7 +82,7 @@ def load_backbone(
     known = imagesets.recorded(checkpoint.info)
     order = class_order(known.get("class_names"), data.classes)
     for network in networks(model).values():
-        backbone = getattr(network, "backbone", network)
+        backbone = models.backbone_of(network)
         checkpoint.load_into(backbone, renew=renew)
         if renewed:
             del backbone.source  # its classifier is not the file's: there is no accuracy to expect
@@ -119,7 +119,7 @@ def opening(trainer: "Trainer", test: bool) -> dict[str, Any]:
     images = {name: value for name, value in trainer.info.items() if name != "class_names"}
     tested = {}
     teacher, network = trainer.objective.teacher, next(iter(networks(trainer.model).values()))
-    backbone = getattr(network, "backbone", network)
+    backbone = models.backbone_of(network)
     # A method of the user's own may read a teacher whose outputs have a form of their own.
     if test and isinstance(teacher, nn.Module) and type(trainer.objective).read_teacher is Objective.read_teacher:
         tested["teacher"] = tested_accuracy(trainer, teacher, "the teacher", trainer.objective.reads == "heads")
