@@ -14,6 +14,7 @@ import sys
 import torch
 
 import options
+from options.data import check_statistics
 from options.parser import gpu_ids
 from tools import trained
 from training import launch
@@ -33,7 +34,7 @@ def parse_args(argv=None):
     add("--csv", action="store_true", help="print a line for each image and class")
     parser.add_argument("--gpu-id", type=gpu_ids, help="GPU to use")
     args = parser.parse_args(argv)
-    trained.check_statistics(parser, args)
+    check_statistics(parser, args)
     return args
 
 

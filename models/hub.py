@@ -1,6 +1,7 @@
 """Networks of torchvision and timm by name (`torchvision/NAME`, `timm/NAME`), the user's own by `FILE.py:FUNCTION`."""
 
 import difflib
+import functools
 import importlib.util
 import inspect
 import sys
@@ -71,11 +72,8 @@ def builder(name: str, num_classes: int, size: int | None = None) -> Callable[[]
         timm = _timm(name)
         return lambda: timm.create_model(bare, num_classes=num_classes, **arguments)
     if bare in _OWN_HEADS:
-        arguments |= {
-            "aux_logits": False,
-            "init_weights": True,
-            "transform_input": True,
-        }  # as their weights were trained
+        # Their weights were trained on images that the networks normalise once more.
+        arguments |= {"aux_logits": False, "init_weights": True, "transform_input": True}
     return lambda: torchvision.models.get_model(bare, weights=None, num_classes=num_classes, **arguments)
 
 
@@ -153,15 +151,7 @@ def _of_file(name: str, num_classes: int) -> Callable[[], nn.Module]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # as an import would: classes are looked up by their module's name
     spec.loader.exec_module(module)
-    found = getattr(module, function, None)
-    if not callable(found):
+    if not callable(found := getattr(module, function, None)):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) or inspect.isclass(value)]
         raise ValueError(f"{path} has no function {function}, but {', '.join(known) or 'none at all'}")
-
-    def build() -> nn.Module:
-        net = found(num_classes=num_classes)
-        if not isinstance(net, nn.Module):
-            raise ValueError(f"{name} returns a {type(net).__name__}, not a network")
-        return net
-
-    return build
+    return functools.partial(found, num_classes=num_classes)

@@ -53,7 +53,8 @@ class Tracer(fx.Tracer):
 
     def __init__(self, example: Tensor):
         leaf_functions = [layers.global_pool, layers.channel_shuffle]
-        self.leaf_modules = tuple(item for item in vars(torchvision.ops).values() if _is_module_class(item))
+        operations = (item for item in vars(torchvision.ops).values() if isinstance(item, type))
+        self.leaf_modules = tuple(item for item in operations if issubclass(item, nn.Module))
         if "timm" in sys.modules:
             from timm.layers import get_notrace_functions, get_notrace_modules
 
@@ -179,10 +180,6 @@ def one_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-def _is_module_class(item: Any) -> bool:
-    return isinstance(item, type) and issubclass(item, nn.Module)
 
 
 def attribute(root: nn.Module, path: str) -> Any:

@@ -56,10 +56,15 @@ def add_augmentation(parser: Parser) -> None:
 
 
 def check_data(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit with one line for flags of images that do not go together; spread a single statistic to three channels."""
+    """Exit with one line for flags of images that do not go together."""
     for name in FOLDER_FLAGS:
         if args.dataset not in FOLDERS and getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} is for folders of images, not for --dataset {args.dataset}")
+    check_statistics(parser, args)
+
+
+def check_statistics(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit with one line unless a mean and a standard deviation have 1 or 3 numbers; spread one to three channels."""
     for name in ("mean", "std", "teacher_mean", "teacher_std"):
         values = getattr(args, name, None)
         if values == ["auto"] and name == "mean" and "optimizer" in args:

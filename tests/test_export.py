@@ -29,7 +29,7 @@ def save_network(path, arch, size=32, classes=10, info=INFO):
         for _ in range(5):
             network(torch.randn(8, 3, size, size))
     torch.save({"net": network.state_dict(), "arch": arch, "num_classes": classes, "info": info}, path)
-    return getattr(network, "backbone", network).eval(), path
+    return models.backbone_of(network).eval(), path
 
 
 def digit_images(count=7):

@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
+import json
+import re
 import sys
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ import torchvision
 from torch import nn
 
 import models
+import utils
+from scripts import QUICK_RUN, run, save_teacher, status
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = torch.zeros(1, 3, 32, 32)
 
 # The smallest of each of torchvision's families, and the smallest image (of those tried) at which training works.
@@ -258,13 +264,76 @@ def test_hub_weights_and_normalisation(monkeypatch):
         models.hub_weights("torchvision/resnet18_aux")
     with pytest.raises(ValueError, match="in no hub"):
         models.hub_weights("resnet20")
-    monkeypatch.setattr(
-        "torchvision.models._api.load_state_dict_from_url",
-        lambda *args, **kwargs: torchvision.models.googlenet(init_weights=False).state_dict(),
-    )
-    models.create("torchvision/googlenet", 1000).load_state_dict(models.hub_weights("torchvision/googlenet"))
     assert models.normalisation("torchvision/resnet18_aux") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert models.normalisation("resnet20") is None
+    assert models.hub.margin("torchvision/resnet50") == pytest.approx(232 / 224)
+
+
+def last_weights(folder):
+    """Return the weights of the one run in a folder, after its last epoch."""
+    (path,) = (path for path in folder.glob("*/*.pth.tar") if "_best" not in path.name)
+    return torch.load(path)["net"]
+
+
+def test_hub_weights_behave_as_a_file_of_them(tmp_path, monkeypatch, capsys):
+    """Of a network whose classifier is a convolution, and whose weights hold the library's own auxiliary heads."""
+    name = "torchvision/squeezenet1_1"
+    state = models.create(name, 1000).state_dict()
+    monkeypatch.setattr(models, "hub_weights", lambda arch: state | {"AuxLogits.fc.bias": torch.ones(1000)})
+    words = (*QUICK_RUN, "--checkpoint-dir", tmp_path, "--arch", name)
+    taught = ("--method", "kd", "--tarch", name, "--tcheckpoint", "hub")
+    assert status("train_student_cifar", *words, *taught) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("no GPU"))
+    assert "1000 classes" in line
+    run("train_baseline_cifar", *words, "--init-lr", "1e-20", "--pretrained-backbone", "hub")
+    found = last_weights(tmp_path)
+    assert torch.equal(found["features.0.weight"], state["features.0.weight"])
+    assert found["classifier.1.weight"].shape == (10, 512, 1, 1)
+
+
+def test_networks_of_files_may_name_their_parts_as_they_like(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = (
+        "class Net(nn.Module):",
+        "    def __init__(self, num_classes):",
+        "        super().__init__()",
+        "        self.backbone, self.net1 = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8)",
+        "        self.module = nn.Linear(8, num_classes)",
+        "    def forward(self, x):",
+        "        return self.module(self.net1(self.backbone(x)).relu().mean((2, 3)))",
+    )
+    (tmp_path / "own.py").write_text("\n".join(["from torch import nn", *lines]))
+    words = (*QUICK_RUN, "--arch", "own.py:Net", "--checkpoint-dir")
+    run("train_baseline_cifar", *words, "first")
+    torch.save(last_weights(tmp_path / "first"), "first.pth")
+    run("train_baseline_cifar", *words, "second", "--init-lr", "1e-20", "--pretrained-backbone", "first.pth")
+    first, second = (last_weights(tmp_path / name) for name in ("first", "second"))
+    assert torch.equal(first["module.weight"], second["module.weight"])
+    capsys.readouterr()
+    run("test_model", "--dataset", "digits", "--arch", "own.py:Net", "--student-weights", "first.pth", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["backbone"] == found["with_heads"]
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "attach_auxiliary" in block)
+    images = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8))
+    loader = torch.utils.data.DataLoader(images, batch_size=4)
+    names = {"train_loader": loader, "test_loader": loader, "my_large_network": Tiny(), "my_small_network": Tiny()}
+    with pytest.warns(UserWarning, match="keep the network's values"):
+        exec(code.replace("epochs=30", "epochs=2").replace("milestones=(15, 25)", "milestones=(1,)"), names)
+    assert names["best"]["epoch"] in (1, 2) and (tmp_path / "runs" / "student" / "log.jsonl").exists()
+
+
+def test_torch_hub_loads_a_published_network(tmp_path):
+    weights = save_teacher(tmp_path / "t.pth", "wrn_16_2_aux")
+    network = torch.hub.load(str(ROOT), "wrn_16_2", source="local", weights=weights).eval()
+    expected = models.create("wrn_16_2", 10).eval()
+    utils.load_weights(expected, weights)
+    assert torch.equal(network(SMALL), expected(SMALL))
+    assert torch.hub.load(str(ROOT), "resnet8_aux", source="local").num_classes == 100
 
 
 class TwoHeads(Tiny):

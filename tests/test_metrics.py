@@ -1,13 +1,13 @@
 """Accuracies counted by hand, and the choice of the precision they are computed in."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import models
 from methods import Predictions
 from training import metrics, precision
 
@@ -61,9 +61,7 @@ class Lookup(nn.Module):
 
     def __init__(self, logits, aux_logits=(), rotations=1):
         super().__init__()
-        self.logits, self.aux_logits, self.rotations = logits, aux_logits, rotations
-        if aux_logits:
-            self.auxiliary_classifier, self.backbone = True, Lookup(logits, (), rotations)
+        self.logits, self.aux_logits, self.rotations, self.num_classes = logits, aux_logits, rotations, logits.shape[1]
 
     def forward(self, images):
         # The number is in the upper left corner of 2 x 2 pixels; quarter turns take it along the others.
@@ -112,11 +110,35 @@ def test_evaluation_of_a_pair_takes_the_better_network():
     better = RANKED.clone()
     better[1, 1], better[2, 2] = 8.0, 5.5  # label 1 is first, label 2 third
     for networks, net, top1, top5 in (((RANKED, better), 2, 200 / 3, 100), ((RANKED, RANKED), 1, 100 / 3, 200 / 3)):
-        pair = SimpleNamespace(net1=Lookup(networks[0]), net2=Lookup(networks[1]))
+        pair = models.MutualPair(*map(Lookup, networks))
         found, other = (metrics.evaluate(pair, batches_of(torch.arange(3), 2), CPU, net=n) for n in (None, 3 - net))
         assert (found["net"], found["top1"], found["top5"]) == pytest.approx((net, top1, top5))
         assert (other["net"], other["top1"]) == pytest.approx((3 - net, 100 / 3))
         assert found[f"net{3 - net}/top1"] == other["top1"] and other[f"net{net}/top1"] == found["top1"]
+
+
+class Own(nn.Module):
+    """A plain network that calls its parts as this project calls those of others, and looks at values if asked to."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.looks = looks
+        self.backbone, self.net1, self.net2 = nn.Conv2d(3, 4, 3, 2), nn.Flatten(), nn.Identity()
+        self.module = nn.Linear(4, 7)
+
+    def forward(self, images):
+        features = self.net1(self.backbone(images).mean((2, 3), keepdim=True))
+        return self.module(-features if self.looks and features.sum() < 0 else features)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_networks_of_users_are_whole(looks):
+    torch.manual_seed(0)
+    network, images = Own(looks), torch.randn(5, 3, 9, 9)
+    labels = network(images).argmax(1)
+    assert metrics.evaluate(network, [(images, labels)], CPU, heads=True)["top1"] == 100
+    parts = metrics.cost(network, 9)
+    assert parts["backbone"] == parts["with_heads"] == {"parameters": 147, "multiply_adds": 16 * 27 * 4 + 28}
 
 
 def test_totals_are_means_over_images():

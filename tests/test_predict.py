@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from test_cli import flags_read
 
@@ -119,6 +120,24 @@ def test_foreign_weights_take_everything_by_flag(photos, tmp_path, capsys):
     assert [found[name] for name in ("red", "green", "blue")] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+@pytest.mark.slow
+def test_a_librarys_weights_see_images_as_the_library_shows_them(photos, tmp_path, capsys):
+    """Resized and cropped by its own transforms, not to the size alone."""
+    image, name = photos[0] / "val" / "dog" / "2.png", "shufflenet_v2_x0_5"
+    torch.manual_seed(0)
+    network = models.create(f"torchvision/{name}", 3)
+    for _ in range(3):  # plausible statistics
+        network(torch.randn(4, 3, 64, 64))
+    torch.save(network.state_dict(), tmp_path / "foreign.pth")
+    run("predict", "--weights", tmp_path / "foreign.pth", image, "--arch", f"torchvision/{name}", "--json")
+    found = {top["class"]: top["probability"] for top in json.loads(capsys.readouterr().out)[0]["classes"]}
+    pixels = torchvision.io.decode_image(str(image))
+    shown = torchvision.models.get_model_weights(name).DEFAULT.transforms()(pixels)
+    with torch.no_grad():
+        expected = network.eval()(shown[None])[0].softmax(0)
+    assert [found[number] for number in "012"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_a_file_of_code_runs_only_from_the_command_line(photos, tmp_path, monkeypatch, capsys):
     folder, _ = photos
     monkeypatch.chdir(tmp_path)
@@ -139,7 +158,7 @@ def mistakes(folder, path, tmp_path):
     yield ["--weights", tmp_path / "bare.pth", image], "--arch"
     yield ["--weights", tmp_path / "bare.pth", image, "--arch", "vgg8"], "--image-size"
     reading = ["--arch", "vgg8", "--mean", "0.5", "--std", "0.5"]
-    yield ["--weights", tmp_path / "bare.pth", image, *reading, "--image-size", "4"], "--image-size 4"
+    yield ["--weights", tmp_path / "bare.pth", image, *reading, "--image-size", "4"], "images of 4 pixels"
     yield ["--weights", path, image, "--class-names", tmp_path / "names.txt"], "3 class names"
     yield ["--weights", path, image, "--mean", "0.5", "0.5"], "--mean"
     yield ["--weights", path, image, "--arch", "wrn_16_1"], "wrn_16_1"

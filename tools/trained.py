@@ -41,15 +41,6 @@ def add_weights(parser: options.Parser) -> None:
     add("--num-workers", type=options.natural, default=readers, help="readers of images (default: %(default)s)")
 
 
-def check_statistics(parser: options.Parser, args: argparse.Namespace) -> None:
-    """Spread single numbers of --mean and --std to three channels; exit with one line if there are not 1 or 3."""
-    for name in ("mean", "std"):
-        values = getattr(args, name)
-        if values and (len(values) not in (1, 3) or "auto" in values or (name == "std" and 0 in values)):
-            parser.error(f"--{name}: expected 1 or 3 numbers, got {' '.join(map(str, values))}")
-        setattr(args, name, values and values * (3 // len(values)))
-
-
 @dataclass(frozen=True)
 class Trained:
     """A plain network in evaluation mode, (B, 3, S, S) -> logits (B, N), and what its images are."""
@@ -105,13 +96,8 @@ class Trained:
 def load(args: argparse.Namespace, world: World) -> Trained:
     """Return the network that the flags of `add_weights` name; UserError if anything is missing or does not fit."""
     checkpoint = Checkpoint(args.weights, args.weights_key, args.arch)
-    arch = args.arch or checkpoint.arch
-    if not arch:
-        raise UserError(f"{args.weights}: does not say its network: give --arch")
-    if not args.arch and hub.is_file(arch):
-        raise UserError(f"{args.weights}: its network is code, {arch}: if you trust it, name it with --arch")
     try:
-        arch = models.backbone_name(arch, args.net or checkpoint.best_net or 1)
+        arch = models.backbone_name(options.named(args.arch, checkpoint, args.net))
     except ValueError as error:
         raise UserError(f"{args.weights}: {error}") from None
     settings = reading(args, checkpoint, arch)
@@ -119,10 +105,9 @@ def load(args: argparse.Namespace, world: World) -> Trained:
     classes = classes or [str(number) for number in range(checkpoint.num_classes)]
     if len(classes) != checkpoint.num_classes:
         raise UserError(f"{args.weights}: {checkpoint.num_classes} classes, but {len(classes)} class names")
-    network = models.create(arch, len(classes), size=settings["size"])
+    network = create(arch, len(classes), settings["size"])
     checkpoint.load_into(network, args.net)
-    network = network.to(world.device, memory_format=torch.channels_last).eval()
-    check_size(network, arch, settings["size"], world.device)
+    network = network.to(world.device, memory_format=torch.channels_last)
     return Trained(network, arch, classes, **settings, info=checkpoint.info)
 
 
@@ -146,12 +131,14 @@ def reading(args: argparse.Namespace, checkpoint: Checkpoint, arch: str) -> dict
 
 
 @torch.no_grad()
-def check_size(network: nn.Module, arch: str, size: int, device: torch.device) -> None:
-    """Raise UserError, with the network's own words, if it does not take images of `size` pixels a side."""
+def create(arch: str, num_classes: int, size: int) -> nn.Module:
+    """Return a plain network in evaluation mode; UserError, in its own words, if it refuses images of `size` pixels."""
     try:
-        network(torch.zeros(1, 3, size, size, device=device))
+        network = models.create(arch, num_classes, size=size).eval()
+        network(torch.zeros(1, 3, size, size))
+        return network
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"--image-size {size}: {arch} does not take it ({utils.first_line(error)})") from None
+        raise UserError(f"{arch}, images of {size} pixels: {utils.first_line(error)}") from None
 
 
 def image_files(places: list[str]) -> list[str]:
