@@ -1,7 +1,7 @@
 """What every method is made of: its constants, what it reads of the networks, and the base class `Objective`."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ class Predictions(NamedTuple):
     aux_logits: list[list[Tensor]]  # (M*B, N*M), all rotated rows; empty for a network without heads
 
 
-@dataclass(frozen=True)
+@dataclass
 class Constant:
     """A constant of a method: a class attribute that becomes a keyword argument and a flag of the command line.
 
@@ -66,29 +66,36 @@ class Constant:
     default: Any
     help: str
     kind: Callable[[str], Any] = options.not_negative
-    flag: str | None = None  # by default the attribute's name
+    flag: str = ""  # by default the attribute's name
     family: dict[str, Any] = field(default_factory=dict)
     pair: bool = False  # two numbers, the lower one first
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.flag = self.flag or f"--{name.replace('_', '-')}"
+
+    @property
+    def dest(self) -> str:
+        """The attribute of parsed arguments that holds it."""
+        return self.flag.lstrip("-").replace("-", "_")
+
     def default_for(self, teacher: str | None, student: str | None = None) -> Any:
         """Return the default for a teacher and a student, by the names of their architectures."""
-        fitting = [key for key in self.family if _fits(key.partition("->"), teacher, student)]
+        fitting = [key for key in self.family if _fits(key, teacher, student)]
         return self.family[max(fitting, key=len)] if fitting else self.default
 
 
 STANDARDIZE = Constant(False, "standardize both networks' logits before the temperature (CVPR 2024)", kind=bool)
 
 
-def _fits(key: tuple[str, str, str], teacher: str | None, student: str | None) -> bool:
-    """Return whether the two ends of a family's key are those of a teacher and a student."""
-    return all(_of_family(end, arch) for end, arch in zip(key[::2], (teacher, student), strict=True) if end)
+def _fits(key: str, teacher: str | None, student: str | None) -> bool:
+    beginnings = zip(key.split("->"), (teacher, student), strict=False)
+    return all(arch is not None and _of_family(beginning, arch) for beginning, arch in beginnings)
 
 
-def _of_family(prefix: str, arch: str | None) -> bool:
-    """Return whether the network `arch` is of the family that `prefix` names."""
-    if arch is None:
-        return False
-    return models.is_imagenet(arch) if prefix == "imagenet" else models.backbone_name(arch).startswith(prefix)
+def _of_family(beginning: str, arch: str) -> bool:
+    if beginning == "imagenet":
+        return models.is_imagenet(arch)
+    return models.backbone_name(arch).startswith(beginning)
 
 
 def split_outputs(outputs: Any) -> Outputs:
@@ -106,11 +113,6 @@ def paired_heads(first: list[Tensor], second: list[Tensor]) -> list[tuple[Tensor
     return list(zip(reversed(first), reversed(second), strict=False))[::-1]
 
 
-def sum_terms(values: Iterable[Tensor], like: Tensor) -> Tensor:
-    """Return the sum of scalar tensors, for none a float32 zero on the device of `like`."""
-    return sum(values, torch.zeros((), device=like.device))
-
-
 def rotations_of(model: nn.Module) -> int:
     """Return how many views the auxiliary heads of a network tell apart."""
     return getattr(unwrap(model), "rotations", 4)
@@ -124,12 +126,6 @@ def check_heads(outputs: Outputs, rotations: int) -> None:
     for aux in outputs.aux_logits:
         if aux.shape[1] != expected:
             raise ValueError(f"an auxiliary head has {aux.shape[1]} outputs, not classes x rotations = {expected}")
-
-
-def check_classes(student: Outputs, teacher: Outputs) -> None:
-    """Raise ValueError unless student and teacher have one number of classes."""
-    if student.logits.shape[1] != teacher.logits.shape[1]:
-        raise ValueError(f"the student has {student.logits.shape[1]} classes, the teacher {teacher.logits.shape[1]}")
 
 
 def ramp(epoch: int | Tensor, warmup_epochs: float) -> float | Tensor:
@@ -165,9 +161,7 @@ class Objective:
     name: str  # as --method and `methods.find` know it
     networks = "plain"  # what it trains: "plain", "auxiliary" or "pair"
     rotations = 4  # views that its auxiliary networks' heads tell apart
-    reads: str | None = (
-        None  # of the teacher: "logits", "heads" (and logits, on all rotations), "features" (and logits)
-    )
+    reads: str | None = None  # of the teacher: "logits", "heads" and logits of all views, "features" and logits
     needs_index = False  # whether a batch must number its images
     whole_batches = False  # whether its state is of whole batches, which --accumulate would split
     imagenet_batch = 256  # images of a step on ImageNet, as published
@@ -241,13 +235,17 @@ class Objective:
         return self.read_teacher(batch.images) if batch.teacher_outputs is None else batch.teacher_outputs
 
     def read_teacher(self, images: Tensor) -> Outputs:
-        """Return what the method reads of the teacher, without gradient: on all rotated views if it reads heads."""
+        """Return what the method reads of the teacher, without gradient."""
         with torch.no_grad():  # not inference_mode, whose tensors torch.compile handles badly
-            if self.reads == "features":
-                return with_features(self.teacher, images)
-            views = rotate(images, rotations_of(self.teacher)) if self.reads == "heads" else images
-            outputs = split_outputs(self.teacher(views))
-        return outputs if self.reads == "heads" else Outputs(outputs.logits)
+            return self.read(self.teacher, images)
+
+    def read(self, network: nn.Module, images: Tensor) -> Outputs:
+        """Return what the method reads of a network, for un-rotated images; of heads the outputs of all views."""
+        if self.reads == "features":
+            return with_features(network, images)
+        if self.reads == "heads":
+            return split_outputs(network(rotate(images, rotations_of(network))))
+        return Outputs(split_outputs(network(images)).logits)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the running state and of the trained parts; empty for an objective without any."""
@@ -269,6 +267,26 @@ class Objective:
         if isinstance(self.teacher, nn.Module):
             self.teacher.to(device)
         return self
+
+
+class Imitation(Objective):
+    """Cross-entropy, and the terms by which a network imitates what its teacher makes of the same un-rotated images.
+
+    A subclass says in `reads` what is compared, and writes `imitation`.
+    """
+
+    ce_weight: float = 1.0
+
+    def step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Predictions]:
+        """Return the terms and the `Predictions` of a batch."""
+        teacher = self.teach(batch)
+        student = self.read(model, batch.images)
+        task = self.ce_weight * self.cross_entropy(student.logits, batch.labels)
+        return {"task": task, **self.imitation(student, teacher, batch)}, predictions(Outputs(student.logits))
+
+    def imitation(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return the terms of the outputs of student and teacher."""
+        raise NotImplementedError
 
 
 def with_features(model: nn.Module, images: Tensor) -> Outputs:

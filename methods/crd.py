@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 import options
 from losses import nce
-from methods.base import Constant, Objective, Outputs, gather_rows, predictions, with_features
+from methods.base import Constant, Imitation, gather_rows, with_features
 
 SIDES = ("student", "teacher")
 
 
-class CRD(Objective):
+class CRD(Imitation):
     """Cross-entropy, and the contrastive loss of both networks' embeddings against memories of the training images.
 
     Negatives are drawn with replacement from all images; those known to be of the anchor's class do not count. The
@@ -41,15 +41,9 @@ class CRD(Objective):
             self.state[f"{side}_scale"] = torch.zeros(())  # normalises the ratios; the first batch sets it
         self.state["labels"] = torch.full((num_images,), -1)  # of the images seen so far
 
-    def step(self, model, batch):
-        teacher = self.teach(batch)
-        student = with_features(model, batch.images)
+    def imitation(self, student, teacher, batch):
         contrast = self.contrast(student.embedding, teacher.embedding, batch.index, batch.labels)
-        terms = {
-            "task": self.cross_entropy(student.logits, batch.labels),
-            "features": self.feature_weight * contrast,
-        }
-        return terms, predictions(Outputs(student.logits))
+        return {"features": self.feature_weight * contrast}
 
     @torch.compiler.disable  # the compiled backward pass would read the memories after they have changed
     def contrast(self, student, teacher, index, labels):

@@ -2,10 +2,10 @@
 
 import options
 from losses import dist
-from methods.base import Constant, Objective, Outputs, check_classes, predictions, split_outputs
+from methods.base import Constant, Imitation
 
 
-class DIST(Objective):
+class DIST(Imitation):
     """Cross-entropy, and one minus Pearson's correlation with the teacher, of rows and of columns of probabilities."""
 
     name = "dist"
@@ -15,9 +15,6 @@ class DIST(Objective):
     inter_weight = Constant(2.0, "weight of the correlation over an image's classes")
     intra_weight = Constant(2.0, "weight of the correlation over a class's images")
 
-    def step(self, model, batch):
-        teacher = self.teach(batch)
-        student = Outputs(split_outputs(model(batch.images)).logits)
-        check_classes(student, teacher)
-        relations = dist(student.logits, teacher.logits, self.temperature, self.inter_weight, self.intra_weight)
-        return {"task": self.cross_entropy(student.logits, batch.labels), "logit_dist": relations}, predictions(student)
+    def imitation(self, student, teacher, batch):
+        weights = self.inter_weight, self.intra_weight
+        return {"logit_dist": dist(student.logits, teacher.logits, self.temperature, *weights)}

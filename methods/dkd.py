@@ -2,23 +2,14 @@
 
 import options
 from losses import dkd, standardized
-from methods.base import (
-    STANDARDIZE,
-    Constant,
-    Objective,
-    Outputs,
-    check_classes,
-    predictions,
-    ramp,
-    split_outputs,
-)
+from methods.base import STANDARDIZE, Constant, Imitation, ramp
 
 # The authors' settings for CIFAR-100, and for ImageNet.
 BETA = {"wrn": 6.0, "wrn->Shuffle": 8.0, "vgg": 6.0, "resnet": 2.0, "resnet8x4": 8.0, "resnet32x4": 8.0}
 BETA |= {"imagenet": 0.5, "resnet50_imagenet": 2.0}
 
 
-class DKD(Objective):
+class DKD(Imitation):
     """Cross-entropy and alpha * TCKD + beta * NCKD to the teacher's class logits, on un-rotated images."""
 
     name = "dkd"
@@ -32,14 +23,10 @@ class DKD(Objective):
     )
     standardize = STANDARDIZE
 
-    def step(self, model, batch):
-        teacher = self.teach(batch)
-        student = Outputs(split_outputs(model(batch.images)).logits)
-        check_classes(student, teacher)
+    def imitation(self, student, teacher, batch):
+        logits = student.logits, teacher.logits
+        if self.standardize:
+            logits = map(standardized, logits)
         # The published code counts epochs from 1, this project from 0: hence the + 1.
         weight = ramp(batch.epoch + 1, self.warmup_epochs)
-        logits = student.logits, teacher.logits
-        pair = (standardized(z) for z in logits) if self.standardize else logits
-        path = dkd(*pair, batch.labels, self.temperature, self.alpha, self.beta)
-        terms = {"task": self.cross_entropy(student.logits, batch.labels), "teacher_path": weight * path}
-        return terms, predictions(student)
+        return {"teacher_path": weight * dkd(*logits, batch.labels, self.temperature, self.alpha, self.beta)}

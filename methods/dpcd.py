@@ -4,18 +4,7 @@ import torch
 
 import options
 from losses import ced, dkd, log_two_way, quantile
-from methods.base import (
-    Constant,
-    Objective,
-    Outputs,
-    check_classes,
-    check_heads,
-    gather_rows,
-    predictions,
-    ramp,
-    split_outputs,
-    sum_terms,
-)
+from methods.base import Constant, Objective, Outputs, check_heads, gather_rows, predictions, ramp, split_outputs
 
 # The clamp of beta by the teacher's family, as in the released code.
 BETA_RANGE = {"wrn": (5.0, 8.0), "vgg": (5.0, 8.0), "resnet": (1.0, 4.0), "resnet32x4": (6.0, 10.0)}
@@ -63,7 +52,6 @@ class DPCD(Objective):
     def step(self, model, batch):
         teacher = self.teach(batch)
         student = split_outputs(model(batch.images))
-        check_classes(student, teacher)
         check_heads(student, rotations=1)
 
         alpha, beta = self.weights(teacher.logits, batch.labels)
@@ -73,9 +61,9 @@ class DPCD(Objective):
         ceds = (ced(deep, shallow, batch.labels, self.ced_temperature, self.ced_beta) for deep, shallow in pairs)
         terms = {
             "task": self.cross_entropy(student.logits, batch.labels),
-            "aux": sum_terms((self.cross_entropy(aux, batch.labels) for aux in student.aux_logits), student.logits),
+            "aux": sum(self.cross_entropy(aux, batch.labels) for aux in student.aux_logits),
             "teacher_path": ramp(batch.epoch, self.warmup_epochs) * path,
-            "self_path": sum_terms(ceds, student.logits),
+            "self_path": sum(ceds),
         }
         return terms, predictions(Outputs(student.logits, student.aux_logits))
 

@@ -4,10 +4,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import options
-from methods.base import Constant, Objective, Outputs, predictions, with_features
+from methods.base import Constant, Imitation, with_features
 
 
-class FitNet(Objective):
+class FitNet(Imitation):
     """Cross-entropy, and the mean squared error of one stage's features after a 1x1 convolution on the student's."""
 
     name = "fitnet"
@@ -20,17 +20,11 @@ class FitNet(Objective):
         ours, theirs = (self.chosen(with_features(net, images)) for net in (model, self.teacher))
         self.trained["regressor"] = nn.Conv2d(ours.shape[1], theirs.shape[1], 1)
 
-    def step(self, model, batch):
-        teacher = self.teach(batch)
-        student = with_features(model, batch.images)
+    def imitation(self, student, teacher, batch):
         imitated, target = self.trained["regressor"](self.chosen(student)), self.chosen(teacher)
         size = min(imitated.shape[-1], target.shape[-1])  # the larger map is averaged down
         imitated, target = (F.adaptive_avg_pool2d(features, size) for features in (imitated, target))
-        terms = {
-            "task": self.cross_entropy(student.logits, batch.labels),
-            "features": self.feature_weight * F.mse_loss(imitated.float(), target.float()),
-        }
-        return terms, predictions(Outputs(student.logits))
+        return {"features": self.feature_weight * F.mse_loss(imitated.float(), target.float())}
 
     def chosen(self, outputs):
         """Return the features of the chosen stage; ValueError if the network has fewer stages."""

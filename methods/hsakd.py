@@ -1,20 +1,8 @@
 """HSAKD (Yang et al., IJCAI 2021): the student matches the teacher at every auxiliary head, on four rotated views."""
 
 import options
-from losses import kl, rotate
-from methods.base import (
-    STANDARDIZE,
-    Constant,
-    Objective,
-    Outputs,
-    check_classes,
-    check_heads,
-    paired_heads,
-    predictions,
-    rotations_of,
-    split_outputs,
-    sum_terms,
-)
+from losses import kl
+from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired_heads, predictions, rotations_of
 
 
 class HSAKD(Objective):
@@ -30,15 +18,14 @@ class HSAKD(Objective):
     def step(self, model, batch):
         rotations = rotations_of(model)
         teacher = self.teach(batch)
-        student = split_outputs(model(rotate(batch.images, rotations)))
-        check_classes(student, teacher)
+        student = self.read(model, batch.images)
         check_heads(student, rotations)
         check_heads(teacher, rotations)
         pairs = paired_heads(student.aux_logits, teacher.aux_logits)
         logits = student.logits[::rotations]
         terms = {
             "task": self.cross_entropy(logits, batch.labels),
-            "aux_kl": sum_terms((self.kl(aux, target) for aux, target in pairs), logits),
+            "aux_kl": sum(self.kl(aux, target) for aux, target in pairs),
             **self.class_terms(student.logits, teacher.logits),
         }
         return terms, predictions(Outputs(logits, student.aux_logits))

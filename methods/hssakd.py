@@ -2,18 +2,7 @@
 
 import options
 from losses import cross_entropy, joint_labels, kl, rotate
-from methods.base import (
-    STANDARDIZE,
-    Constant,
-    Objective,
-    Outputs,
-    check_classes,
-    check_heads,
-    paired_heads,
-    predictions,
-    rotations_of,
-    sum_terms,
-)
+from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired_heads, predictions, rotations_of
 
 
 class HSSAKD(Objective):
@@ -29,17 +18,16 @@ class HSSAKD(Objective):
         rotations = rotations_of(model)
         both_logits, both_aux = model(rotate(batch.images, rotations))
         networks = [Outputs(logits, aux) for logits, aux in zip(both_logits, both_aux, strict=True)]
-        check_classes(*networks)
         for outputs in networks:
             check_heads(outputs, rotations)
 
-        joint, like = joint_labels(batch.labels, rotations), both_logits[0]
+        joint = joint_labels(batch.labels, rotations)
         upright = [Outputs(outputs.logits[::rotations], outputs.aux_logits) for outputs in networks]
         terms = {
-            "task": sum_terms((self.cross_entropy(outputs.logits, batch.labels) for outputs in upright), like),
-            "aux": sum_terms((cross_entropy(aux, joint) for aux in (*both_aux[0], *both_aux[1])), like),
+            "task": sum(self.cross_entropy(outputs.logits, batch.labels) for outputs in upright),
+            "aux": sum(cross_entropy(aux, joint) for aux in (*both_aux[0], *both_aux[1])),
             "logit_kl": self.mutual_kl(*both_logits),
-            "aux_kl": sum_terms((self.mutual_kl(*pair) for pair in paired_heads(*both_aux)), like),
+            "aux_kl": sum(self.mutual_kl(*pair) for pair in paired_heads(*both_aux)),
         }
         return terms, predictions(*upright)
 

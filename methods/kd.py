@@ -2,10 +2,10 @@
 
 import options
 from losses import kl
-from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_classes, predictions, split_outputs
+from methods.base import STANDARDIZE, Constant, Imitation
 
 
-class KD(Objective):
+class KD(Imitation):
     """Weighted cross-entropy and KL to the teacher's class logits, on un-rotated images."""
 
     name = "kd"
@@ -16,13 +16,5 @@ class KD(Objective):
     kd_weight = Constant(0.9, "weight of the KL term", family={"imagenet": 0.5})
     standardize = STANDARDIZE  # published with T = 2 and weights 0.1 and 9
 
-    def step(self, model, batch):
-        teacher = self.teach(batch)
-        student = Outputs(split_outputs(model(batch.images)).logits)
-        check_classes(student, teacher)
-        distance = kl(student.logits, teacher.logits, self.temperature, self.standardize)
-        terms = {
-            "task": self.ce_weight * self.cross_entropy(student.logits, batch.labels),
-            "logit_kl": self.kd_weight * distance,
-        }
-        return terms, predictions(student)
+    def imitation(self, student, teacher, batch):
+        return {"logit_kl": self.kd_weight * kl(student.logits, teacher.logits, self.temperature, self.standardize)}

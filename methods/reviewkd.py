@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import options
 from losses import hcl
-from methods.base import Constant, Objective, Outputs, predictions, ramp, sum_terms, with_features
+from methods.base import Constant, Imitation, ramp, with_features
 
 # The authors' weights by pair; 1 is the default of their code.
 WEIGHTS = {"wrn": 5.0, "resnet": 0.6, "resnet110": 1.0, "resnet32x4": 5.0, "resnet32x4->ShuffleV2": 8.0}
@@ -37,7 +37,7 @@ class Fusion(nn.Module):
         return self.widen(fused), fused
 
 
-class ReviewKD(Objective):
+class ReviewKD(Imitation):
     """Cross-entropy, and the hierarchical context loss of the fused stages and the pooled embedding.
 
     Of networks with different numbers of stages the deeper ones are compared. The features are those after a stage's
@@ -62,19 +62,13 @@ class ReviewKD(Objective):
             for number, (ours, theirs) in enumerate(pairs)
         )
 
-    def step(self, model, batch):
-        teacher = self.teach(batch)
-        student = with_features(model, batch.images)
+    def imitation(self, student, teacher, batch):
         deeper, errors = None, []
         for fusion, ours, theirs in zip(self.trained["fusions"], levels(student), levels(teacher), strict=False):
             compared, deeper = fusion(ours, deeper, theirs.shape[-1])
             errors.append(hcl(compared, theirs))
         weight = self.feature_weight * ramp(batch.epoch, self.warmup_epochs)
-        terms = {
-            "task": self.cross_entropy(student.logits, batch.labels),
-            "features": weight * sum_terms(errors, student.logits),
-        }
-        return terms, predictions(Outputs(student.logits))
+        return {"features": weight * sum(errors)}
 
 
 def levels(outputs):

@@ -2,10 +2,10 @@
 
 import options
 from losses import wttm
-from methods.base import Constant, Objective, Outputs, check_classes, predictions, split_outputs
+from methods.base import Constant, Imitation
 
 
-class WTTM(Objective):
+class WTTM(Imitation):
     """Cross-entropy, and KL to the power-transformed teacher, weighted by its power sum; the student keeps T = 1."""
 
     name = "wttm"
@@ -14,12 +14,5 @@ class WTTM(Objective):
     power = Constant(0.2, "exponent of the teacher's probabilities", options.above_zero)
     kd_weight = Constant(4.0, "weight of the KL term")  # published beside CRD
 
-    def step(self, model, batch):
-        teacher = self.teach(batch)
-        student = Outputs(split_outputs(model(batch.images)).logits)
-        check_classes(student, teacher)
-        terms = {
-            "task": self.cross_entropy(student.logits, batch.labels),
-            "logit_kl": self.kd_weight * wttm(student.logits, teacher.logits, self.power),
-        }
-        return terms, predictions(student)
+    def imitation(self, student, teacher, batch):
+        return {"logit_kl": self.kd_weight * wttm(student.logits, teacher.logits, self.power)}
