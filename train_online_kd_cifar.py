@@ -16,8 +16,7 @@ from training.start import load_backbone
 
 def parse_args(argv=None):
     """Parse the command line."""
-    parser = options.training_parser(__file__, __doc__, arch="WRN_40_2_WRN_40_2")
-    return methods.finish_online(parser, argv)
+    return methods.finish_pair(options.training_parser(__file__, __doc__, arch="WRN_40_2_WRN_40_2"), argv)
 
 
 def main(args, world):

@@ -17,9 +17,7 @@ from training.start import load_backbone, suit_teacher
 
 def parse_args(argv=None):
     """Parse the command line."""
-    parser = options.training_parser(__file__, __doc__, arch="wrn_16_2_aux")
-    methods.add_method(parser, argv)
-    return methods.finish(parser, argv)
+    return methods.finish_student(options.training_parser(__file__, __doc__, arch="wrn_16_2_aux"), argv)
 
 
 def main(args, world):

@@ -16,9 +16,8 @@ from training import launch
 def parse_args(argv=None):
     """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, arch="wrn_16_2_aux")
-    methods.add_method(parser, argv)
     options.add_few_ratio(parser, default=0.25)
-    return methods.finish(parser, argv)
+    return methods.finish_student(parser, argv)
 
 
 if __name__ == "__main__":

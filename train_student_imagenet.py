@@ -17,8 +17,7 @@ from training import launch
 def parse_args(argv=None):
     """Parse the command line."""
     parser = options.imagenet_parser(__file__, __doc__, arch="resnet18_imagenet_aux")
-    methods.add_method(parser, argv, tarch="resnet34_imagenet_aux")
-    return methods.finish(parser, argv)
+    return methods.finish_student(parser, argv, tarch="resnet34_imagenet_aux")
 
 
 if __name__ == "__main__":

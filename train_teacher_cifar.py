@@ -17,13 +17,7 @@ from training.start import load_backbone
 
 def parse_args(argv=None):
     """Parse the command line."""
-    parser = options.training_parser(__file__, __doc__, arch="wrn_40_2_aux")
-    options.add_freezing(parser)
-    options.frozen_recipe(parser, argv)
-    args = options.finish(parser, argv)
-    options.require_aux(parser, args, "arch")
-    options.check_freezing(parser, args)
-    return args
+    return options.finish_teacher(options.training_parser(__file__, __doc__, arch="wrn_40_2_aux"), argv)
 
 
 def main(args, world):

@@ -16,12 +16,7 @@ from training import launch
 
 def parse_args(argv=None):
     """Parse the command line."""
-    parser = options.imagenet_parser(__file__, __doc__, arch="resnet34_imagenet_aux")
-    options.add_freezing(parser)
-    args = options.finish(parser, argv)
-    options.require_aux(parser, args, "arch")
-    options.check_freezing(parser, args)
-    return args
+    return options.finish_teacher(options.imagenet_parser(__file__, __doc__, arch="resnet34_imagenet_aux"), argv)
 
 
 if __name__ == "__main__":

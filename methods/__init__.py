@@ -12,10 +12,7 @@ from torch import nn
 
 import models
 import options
-from methods.base import Batch as Batch
-from methods.base import Constant, Objective
-from methods.base import Outputs as Outputs
-from methods.base import Predictions as Predictions
+from methods.base import Batch, Constant, Imitation, Objective, Outputs, Predictions  # noqa: F401
 from utils import Checkpoint, UserError, print_main
 
 
@@ -53,40 +50,20 @@ def find(name: str) -> type[Objective]:
     return defined_in(module)
 
 
-def flag_of(name: str, constant: Constant) -> str:
-    """Return the flag of a constant."""
-    return constant.flag or f"--{name.replace('_', '-')}"
-
-
-def dest_of(name: str, constant: Constant) -> str:
-    """Return the attribute of parsed arguments that holds a constant."""
-    return flag_of(name, constant).lstrip("-").replace("-", "_")
-
-
-def add_constants(parser: argparse.ArgumentParser, methods: list[type[Objective]]) -> None:
-    """Add the flags of the methods' constants, in a group for each method; one that several have, once for all."""
-    uses: dict[str, list] = {}
-    for method in methods:
-        for name, constant in method.constants().items():
-            uses.setdefault(flag_of(name, constant), []).append((method, constant))
-    groups = {method.name: parser.add_argument_group(f"method {method.name}") for method in methods}
-    for flag, users in uses.items():
-        first = users[0][1]
-        add = groups[users[0][0].name].add_argument
-        if first.kind is bool:
-            add(flag, action="store_true", default=None, help=first.help)
+def add_constants(parser: argparse.ArgumentParser, method: type[Objective]) -> None:
+    """Add the flags of a method's constants, in a group of their own."""
+    add = parser.add_argument_group(f"method {method.name}").add_argument
+    for constant in method.constants().values():
+        if constant.kind is bool:
+            add(constant.flag, action="store_true", help=constant.help)
             continue
-        default = ", ".join(
-            f"{options.shown(constant.default)}{' or by family' * bool(constant.family)}"
-            + f" for {method.name}" * (len(users) > 1)
-            for method, constant in users
-        )
-        pair = {"nargs": 2, "metavar": ("LOW", "HIGH")} if first.pair else {}
-        add(flag, type=first.kind, help=f"{first.help} (default: {default})", **pair)
+        pair = {"nargs": 2, "metavar": ("LOW", "HIGH")} if constant.pair else {}
+        default = options.shown(constant.default) + " or by family" * bool(constant.family)
+        add(constant.flag, type=constant.kind, help=f"{constant.help} (default: {default})", **pair)
 
 
-def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn_40_2_aux") -> None:
-    """Add the trained teacher, `--method` and all methods' constants to a student script's parser."""
+def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn_40_2_aux") -> argparse.Namespace:
+    """Parse a student script's command line: trained teacher, `--method`, and the constants of the method chosen."""
     add = parser.add_argument_group("teacher and method").add_argument
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", type=options.path, required=True, help="trained weights of the teacher")
@@ -94,73 +71,57 @@ def add_method(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn
     options.add_statistics(add, "teacher-", "of the teacher's images; default: its file's, else the student's")
     add("--teacher-cache", type=options.path, metavar="DIR", help="store of teachers' outputs; needs --views")
     add("--cache-dtype", choices=["exact", "float16"], help="of stored outputs (default: exact)")
-    add("--method", default="hsakd", help=f"{', '.join(names())}, or FILE.py: what the student learns of the teacher")
+    listed = f"{', '.join(names())}, or FILE.py, one of your own (default: hsakd); --method NAME --help lists its flags"
+    add("--method", default="hsakd", help=listed)
+    options.add_start(parser)
     try:
         method = find(options.given(argv, "--method", default="hsakd"))
     except UserError as error:
         parser.error(str(error))
+    if method.networks == "pair" or method.reads is None:
+        parser.error(f"--method {method.name} learns from no trained teacher")
     if "batch_size" in parser.recipe:
         parser.recipe["batch_size"] = method.imagenet_batch
-    known = [METHODS[name] for name in names()]
-    options.add_start(parser)
-    parser.set_defaults(methods=known if method in known else [*known, method])
-    add_constants(parser, parser.get_default("methods"))
-
-
-def finish(parser: options.Parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse a student script's command line, reject other methods' constants, and fill in the method's own."""
+    add_constants(parser, method)
     args = options.finish(parser, argv)
-    methods = vars(args).pop("methods")
-    known = {dest_of(*item): item for method in methods for item in method.constants().items()}
-    method = METHODS.get(args.method, methods[-1])  # the last one is the user's own
-    own = {dest_of(*item) for item in method.constants().items()}
-    for dest in known.keys() - own:
-        if getattr(args, dest) is not None:
-            parser.error(f"{flag_of(*known[dest])} has no part in --method {args.method}")
-        delattr(args, dest)
     for name in ("arch", "tarch"):
         if models.is_pair(getattr(args, name)):
             parser.error(f"--{name} {getattr(args, name)} is a mutual pair: name one of its networks")
-    if method.networks == "pair" or method.reads is None:
-        parser.error(f"--method {args.method} learns from no trained teacher")
     if method.networks == "plain":  # the name of an auxiliary network stands for its backbone
         args.arch = models.backbone_name(args.arch)
     else:
         options.require_aux(parser, args, *(["arch", "tarch"] if method.reads == "heads" else ["arch"]))
     fill_constants(args, method)
-    for name, constant in method.constants().items():
-        value = getattr(args, dest_of(name, constant))
-        if constant.pair and value[0] > value[1]:
-            parser.error(f"{flag_of(name, constant)}: {value[0]:g} is above {value[1]:g}")
     return args
 
 
-def finish_online(parser: options.Parser, argv: list[str] | None = None) -> argparse.Namespace:
+def finish_pair(parser: options.Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line of a script that trains a mutual pair."""
     method = METHODS["hssakd"]
     options.add_start(parser)
-    add_constants(parser, [method])
+    add_constants(parser, method)
     parser.add_argument("--arch2", type=options.architecture, help="second network of a pair of two different ones")
     args = options.finish(parser, argv)
     if args.arch2:
         args.arch = "+".join(models.backbone_name(name) for name in (args.arch, args.arch2))
-    options.require_pair(parser, args)
+    if not models.is_pair(args.arch):
+        half = models.backbone_name(args.arch)
+        parser.error(f"--arch {args.arch} is one network, not a mutual pair: name it twice, {half}_{half}")
     fill_constants(args, method)
     return args
 
 
 def fill_constants(args: argparse.Namespace, method: type[Objective]) -> None:
     """Fill in the method's constants that the command line leaves open, by the names of the networks."""
-    for name, constant in method.constants().items():
-        dest = dest_of(name, constant)
-        if getattr(args, dest, None) is None:
+    for constant in method.constants().values():
+        if getattr(args, constant.dest) is None:
             value = constant.default_for(getattr(args, "tarch", None), args.arch)
-            setattr(args, dest, list(value) if constant.pair else value)
+            setattr(args, constant.dest, list(value) if constant.pair else value)
 
 
 def constants_of(args: argparse.Namespace, method: type[Objective]) -> dict[str, Any]:
     """Return the keyword arguments of `method` that the command line gives."""
-    return {name: getattr(args, dest_of(name, constant)) for name, constant in method.constants().items()}
+    return {name: getattr(args, constant.dest) for name, constant in method.constants().items()}
 
 
 def load_teacher(args: argparse.Namespace, checkpoint: Checkpoint, num_classes: int, size: int) -> nn.Module:

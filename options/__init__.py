@@ -133,32 +133,12 @@ def add_few_ratio(parser: Parser, default: float | None = None) -> None:
     parser.add_argument("--few-ratio", type=share, default=default, help="stratified share of the training images")
 
 
-def add_freezing(parser: Parser) -> None:
-    """Add the flags of a teacher script: its heads, and whether they alone train, on a backbone that stays as it is."""
-    add_start(parser)
-    add = parser.add_argument_group("teacher").add_argument
-    add("--rotations", type=int, choices=[1, 4], default=4, help="views that a head tells apart (DPCD: 1)")
-    add("--freezed", action="store_true", help="keep the backbone as it is (CIFAR: 100 epochs, x0.1 at 30/60/90)")
-
-
 def imagenet_parser(script: str, description: str, arch: str) -> Parser:
     """Return the parser of an ImageNet training script: `training_parser` with that recipe's defaults."""
     parser = training_parser(script, description, arch, "imagenet", epochs=100, milestones=(30, 60, 90))
     parser.recipe = {"weight_decay": 1e-4, "nesterov": False, "batch_size": 256}
     parser.set_defaults(data="./data/ImageNet", batch_size=None)
     return parser
-
-
-def frozen_recipe(parser: Parser, argv: list[str] | None) -> None:
-    """Make the frozen teacher's schedule the default if `argv` asks for a frozen teacher."""
-    if given(argv, "--freezed", action="store_true"):
-        parser.set_defaults(epochs=100, milestones=[30, 60, 90])
-
-
-def check_freezing(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit with one line if --freezed has no weights to freeze."""
-    if args.freezed and not args.pretrained_backbone:
-        parser.error("--freezed needs --pretrained-backbone: an untrained backbone would stay untrained")
 
 
 def finish(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -199,11 +179,19 @@ def require_aux(parser: Parser, args: argparse.Namespace, *names: str) -> None:
             parser.error(f"--{name} {value} has no auxiliary classifiers: use one such as {near}")
 
 
-def require_pair(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit with one line unless `--arch` is a mutual pair."""
-    if not models.is_pair(args.arch):
-        half = models.backbone_name(args.arch)
-        parser.error(f"--arch {args.arch} is one network, not a mutual pair: name it twice, {half}_{half}")
+def finish_teacher(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of a script that trains a teacher, jointly or on a backbone that stays as it is."""
+    add_start(parser)
+    add = parser.add_argument_group("teacher").add_argument
+    add("--rotations", type=int, choices=[1, 4], default=4, help="views that a head tells apart (DPCD: 1)")
+    add("--freezed", action="store_true", help="keep the backbone as it is (100 epochs, x0.1 at 30/60/90)")
+    if given(argv, "--freezed", action="store_true"):
+        parser.set_defaults(epochs=100, milestones=[30, 60, 90])
+    args = finish(parser, argv)
+    require_aux(parser, args, "arch")
+    if args.freezed and not args.pretrained_backbone:
+        parser.error("--freezed needs --pretrained-backbone: an untrained backbone would stay untrained")
+    return args
 
 
 def run_name(args: argparse.Namespace) -> str:

@@ -276,11 +276,8 @@ def test_given_constants_reach_the_method():
 @pytest.mark.parametrize("method", ["hsakd", "kd", "dkd", "dpcd", "fitnet"])
 def test_constants_of_other_methods_are_refused(capsys, method):
     command = ["--tarch", "resnet56_aux", "--tcheckpoint", "a", "--method", method]
-    flags = {
-        methods.flag_of(*item): item[1] for name in methods.names() for item in methods.find(name).constants().items()
-    }
-    own = {methods.flag_of(*item) for item in methods.find(method).constants().items()}
-    for flag in flags.keys() - own:
+    flags = {c.flag: c for name in methods.names() for c in methods.find(name).constants().values()}
+    for flag in flags.keys() - {constant.flag for constant in methods.find(method).constants().values()}:
         values = [] if flags[flag].kind is bool else ["1"] * (2 if flags[flag].pair else 1)
         with pytest.raises(SystemExit) as stop:
             train_student_cifar.parse_args([*command, flag, *values])
