@@ -14,7 +14,6 @@ from itertools import islice
 
 import imagesets
 import options
-from options.data import check_statistics
 from options.parser import DATASETS, dataset
 from tools import exporting, onnx_files, trained
 from training import launch
@@ -36,7 +35,6 @@ def parse_args(argv=None):
     add("--dataset", type=dataset, help=f"{', '.join(DATASETS)}; default: that of the weights")
     add("--images", type=options.path, metavar="FOLDER", help="images in place of a data set's")
     args = parser.parse_args(argv)
-    check_statistics(parser, args)
     if args.int8 and (args.format != "onnx" or args.images):
         parser.error("--int8 is for --format onnx and a data set, which calibrates it")
     args.gpu_id = None

@@ -14,7 +14,6 @@ import sys
 import torch
 
 import options
-from options.data import check_statistics
 from options.parser import gpu_ids
 from tools import trained
 from training import launch
@@ -33,9 +32,7 @@ def parse_args(argv=None):
     add("--json", action="store_true", help="print a list of objects, one an image")
     add("--csv", action="store_true", help="print a line for each image and class")
     parser.add_argument("--gpu-id", type=gpu_ids, help="GPU to use")
-    args = parser.parse_args(argv)
-    check_statistics(parser, args)
-    return args
+    return parser.parse_args(argv)
 
 
 def main(args, world):

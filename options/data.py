@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import utils
-from options.parser import DATASETS, Parser, dataset, line_list, natural, part, path, positive, statistic
+from options.parser import DATASETS, Channels, Parser, average, dataset, line_list, natural, part, path, positive, share
 
 FOLDERS = ("tinyimagenet", "imagefolder", "imagenet")
 FOLDER_FLAGS = ("image_size", "resize", "in_memory", "from_files", "test_split")
@@ -24,7 +24,9 @@ def add_data(parser: Parser, dataset_name: str) -> None:
     add("--limit-batches", type=positive, help="for a quick trial: stop a pass after so many batches")
     readers = min(4, utils.available_cores())
     add("--num-workers", type=natural, default=readers, help="readers of images in each process (default: %(default)s)")
-    add_statistics(add, "", "of the normalisation; in training auto: measured")
+    add_statistics(
+        add, "", "of the normalisation; in training auto: measured", lambda x: x if x == "auto" else average(x)
+    )
     add("--class-names", type=line_list, metavar="FILE", help="the order of the classes: a name a line")
     group = parser.add_argument_group("folders of images")
     add = group.add_argument
@@ -39,10 +41,11 @@ def add_data(parser: Parser, dataset_name: str) -> None:
     add("--from-files", action="store_true", help="read the images from their files in every pass")
 
 
-def add_statistics(add: Callable, prefix: str, use: str) -> None:
+def add_statistics(add: Callable, prefix: str, use: str, kind: Callable = average) -> None:
     """Add, by a group's `add_argument`, the mean and the standard deviation of a normalisation."""
-    add(f"--{prefix}mean", type=statistic, nargs="+", metavar="A", help=f"mean, 1 or 3 numbers from 0 to 1, {use}")
-    add(f"--{prefix}std", type=statistic, nargs="+", metavar="A", help="standard deviation, likewise")
+    channels = {"action": Channels, "nargs": "+", "metavar": "A"}
+    add(f"--{prefix}mean", type=kind, help=f"mean, 1 or 3 numbers from 0 to 1, {use}", **channels)
+    add(f"--{prefix}std", type=share, help="standard deviation, likewise", **channels)
 
 
 def add_augmentation(parser: Parser) -> None:
@@ -56,37 +59,16 @@ def add_augmentation(parser: Parser) -> None:
 
 
 def check_data(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit with one line for flags of images that do not go together."""
+    """Exit with one line for a flag of folders beside images that are not in folders."""
     for name in FOLDER_FLAGS:
         if args.dataset not in FOLDERS and getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} is for folders of images, not for --dataset {args.dataset}")
-    check_statistics(parser, args)
-
-
-def check_statistics(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit with one line unless a mean and a standard deviation have 1 or 3 numbers; spread one to three channels."""
-    for name in ("mean", "std", "teacher_mean", "teacher_std"):
-        values = getattr(args, name, None)
-        if values == ["auto"] and name == "mean" and "optimizer" in args:
-            args.mean = "auto"
-        elif values is not None:
-            if len(values) not in (1, 3) or "auto" in values or (0 in values and name.endswith("std")):
-                parser.error(f"--{name.replace('_', '-')}: expected 1 or 3 numbers, got {' '.join(map(str, values))}")
-            setattr(args, name, values * (3 // len(values)))
-    if args.mean == "auto" and args.std:
-        parser.error("--std has no part in --mean auto, which measures both")
-
-
-def reading_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the keyword arguments of `imagesets.load_test` by which the command line changes how images are read."""
-    keep = "memory" if args.in_memory else "files" if args.from_files else None
-    found = {"size": args.image_size, "resize": args.resize, "keep": keep, "mean": args.mean, "std": args.std}
-    found |= {"class_names": args.class_names, "test_split": args.test_split}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def test_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments of `imagesets.load_test` that the command line gives."""
+    found = {name: getattr(args, name) for name in ("resize", "mean", "std", "class_names", "test_split")}
+    found |= {"size": args.image_size, "keep": "memory" if args.in_memory else "files" if args.from_files else None}
     return {
         "name": args.dataset,
         "root": args.data,
@@ -94,7 +76,7 @@ def test_settings(args: argparse.Namespace) -> dict[str, Any]:
         "workers": args.num_workers,
         "limit": args.limit_batches,
         "skip_bad_images": args.skip_bad_images,
-        **reading_settings(args),
+        **{name: value for name, value in found.items() if value is not None},
     }
 
 

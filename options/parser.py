@@ -90,8 +90,8 @@ def given(argv: list[str] | None, flag: str, **kwargs: Any) -> Any:
     return parser.parse_known_args(argv)[0].value
 
 
-def checked(kind: type, expected: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """Return a parser of numbers of a `kind` that `accepts` is true of; its error names what is `expected`."""
+def checked(kind: type, expected: str, accepts: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """Return a parser of values of a `kind` that `accepts` is true of; its error names what is `expected`."""
 
     def parse(text):
         try:
@@ -113,11 +113,20 @@ not_negative = checked(float, "a number of at least 0", lambda value: 0 <= value
 below_one = checked(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
 part = checked(float, "a share above 0 and below 1", lambda value: 0 < value < 1)
 share = checked(float, "a share above 0 and at most 1", lambda value: 0 < value <= 1)
+average = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+gpu_ids = checked(str, "GPU numbers such as 0 or 0,1", lambda text: re.fullmatch(r"\d+(,\d+)*", text))
+tag = checked(str, "letters, digits and any of . _ + = , -", lambda text: re.fullmatch(r"[\w.+=,-]+", text))
+path = os.path.expanduser  # a shell leaves the ~ in --data=~/images
 
 
-def statistic(text: str) -> float | str:
-    """Check a mean or a standard deviation of pixels on the scale 0 to 1, or the word auto."""
-    return text if text == "auto" else checked(float, "a number from 0 to 1, or auto", lambda x: 0 <= x <= 1)(text)
+class Channels(argparse.Action):
+    """Takes a number for each of three channels, or one for all of them."""
+
+    def __call__(self, parser, args, values, flag=None):
+        """Note three values, or the word auto."""
+        if len(values) not in (1, 3):
+            parser.error(f"argument {flag}: expected 1 or 3 numbers, got {len(values)}")
+        setattr(args, self.dest, "auto" if values == ["auto"] else values * (3 // len(values)))
 
 
 def line_list(file: str) -> list[str]:
@@ -145,25 +154,3 @@ def dataset(name: str) -> str:
         near = difflib.get_close_matches(plain, DATASETS, 3, 0.3)
         raise argparse.ArgumentTypeError(f"unknown data set {name!r}; nearest: {', '.join(near or DATASETS)}")
     return plain
-
-
-def gpu_ids(text: str) -> str:
-    """Check a comma-separated list of GPU numbers."""
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"expected GPU numbers such as 0 or 0,1, each once, got {text!r}")
-    return text
-
-
-def tag(text: str) -> str:
-    """Check the suffix of a run folder's name."""
-    if not re.fullmatch(r"[\w.+=,-]+", text):
-        raise argparse.ArgumentTypeError(f"expected letters, digits and any of . _ + = , -, got {text!r}")
-    return text
-
-
-def path(text: str) -> str:
-    """Expand the ~ that a shell leaves in --data=~/images; an empty text, of a variable that is not set, is no path."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, got ''")
-    return os.path.expanduser(text)

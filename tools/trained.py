@@ -19,7 +19,7 @@ from imagesets.folders import ENDINGS
 from imagesets.from_files import Reader
 from imagesets.images import ImageSet, header
 from models import hub
-from options.parser import line_list, statistic
+from options.parser import line_list
 from utils import Checkpoint, UserError, World
 
 
@@ -33,8 +33,7 @@ def add_weights(parser: options.Parser) -> None:
     add("--image-size", type=options.positive, metavar="N", help="pixels a side")
     add("--resize", choices=["crop", "squash", "pad"], help="how images become square")
     add("--margin", type=options.above_zero, help="shorter side before the centre crop, in sizes: 1.143 is 256 / 224")
-    add("--mean", type=statistic, nargs="+", metavar="A", help="mean of the normalisation, 1 or 3 numbers from 0 to 1")
-    add("--std", type=statistic, nargs="+", metavar="A", help="standard deviation, likewise")
+    options.add_statistics(add, "", "of the normalisation")
     add("--class-names", type=line_list, metavar="FILE", help="names of the classes, one a line")
     add("--batch-size", type=options.positive, default=64, help="images of a forward pass (default: %(default)s)")
     readers = min(4, utils.available_cores())
