@@ -111,7 +111,7 @@ PUBLISHED = [
     ({**FEW, "few_ratio": 0.5}, "72.18"),
     ({**FEW, "few_ratio": 0.3}, ""),
     ({**STUDENT_IMAGENET, "tcheckpoint": FROZEN}, "72.16"),
-    ({**STUDENT_IMAGENET, "method": "dpcd", "tarch": "resnet34_imagenet"}, "71.89"),
+    ({**STUDENT_IMAGENET, "method": "dpcd"}, "71.89"),
     (script("train_teacher_cifar", arch="vgg13_bn_aux", freezed=True), "74.64"),
     (script("train_teacher_cifar", arch="vgg13_bn_aux", freezed=False), "78.48"),
     (script("train_teacher_cifar", arch="ResNet50_aux", freezed=True), "79.34"),

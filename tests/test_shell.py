@@ -83,13 +83,21 @@ def test_weights_read_are_weights_written(commands, written):
 
 
 def test_teachers_fit_the_methods(commands, written):
-    """HSAKD's teachers have heads of four views, DPCD's of one; the tag says whether a teacher is frozen."""
+    """HSAKD's teachers have heads of four views, DPCD's of one; the tag says whether a teacher is frozen.
+
+    DPCD's students, and all on ImageNet, read the best epoch.
+    """
     for args in commands["scripts/train_student_cifar.sh"]:
         teacher = written[Path(args.tcheckpoint)]
         if args.method == "hsakd":
             assert teacher.rotations == 4 and teacher.freezed == (args.tag == "freezed")
         elif args.method == "dpcd":
-            assert teacher.rotations == 1 and args.tcheckpoint.endswith("_best.pth.tar")
+            assert teacher.rotations == 1
+        assert args.tcheckpoint.endswith("_best.pth.tar") == (args.method == "dpcd")
+    imagenet = commands["scripts/train_student_imagenet.sh"]
+    assert [args.method for args in imagenet] == ["hsakd", "hsakd", "dpcd"]
+    assert [written[Path(args.tcheckpoint)].freezed for args in imagenet] == [True, False, False]
+    assert all(args.tcheckpoint.endswith("_best.pth.tar") for args in imagenet)
 
 
 def test_learning_rates_are_the_recipes(commands):

@@ -95,7 +95,8 @@ def published() -> dict[tuple, float | list]:
         for rows in (METHODS, JOINT_ALONE):  # the path alone does not say how the student's teacher was trained
             add("eval", data, ["vgg13->mobilenetV2"], transfer, rows, i)
     imagenet = table["imagenet_resnet34->resnet18"]
-    add("student", "imagenet", ["resnet34->resnet18"], imagenet, METHODS)
+    for rows in (METHODS, {"DPCD": "dpcd*"}):  # whose command reads the joint teacher
+        add("student", "imagenet", ["resnet34->resnet18"], imagenet, rows)
     add("teacher", "imagenet", ["resnet34"], imagenet, TEACHERS)
     add("baseline", "imagenet", ["resnet18"], imagenet, {"student": ""})
     add("online", "imagenet", ["resnet18"], imagenet, {"HSSAKD_online_resnet18": ""})
