@@ -165,7 +165,6 @@ class Objective:
     needs_index = False  # whether a batch must number its images
     whole_batches = False  # whether its state is of whole batches, which --accumulate would split
     imagenet_batch = 256  # images of a step on ImageNet, as published
-    best_by = "top1"  # what the best epoch is chosen by: the backbone's top-1, or "joint", that of the best head
 
     def __init__(
         self,
@@ -210,6 +209,10 @@ class Objective:
     def step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Predictions]:
         """Return the terms and the `Predictions` of a batch."""
         raise NotImplementedError
+
+    def best_by(self, model: nn.Module) -> str:
+        """Return what the best epoch is chosen by: "top1", the backbone's, or "joint", that of the best head."""
+        return "top1"
 
     def __call__(
         self,

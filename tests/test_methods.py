@@ -170,17 +170,20 @@ def test_rate_factor_by_hand():
     assert rate_factor("cosine", 5, 0, 4, epochs=10, warmup=5) == 1
 
 
-def test_the_best_teacher_has_the_best_joint_head_the_first_of_equals(tmp_path, monkeypatch):
-    """`acc` is the backbone's top-1 of its epoch all the same."""
-    tests = [(50.0, 20.0, 10.0), (40.0, 25.0, 30.0), (60.0, 30.0, 29.0), (70.0, 29.0, 29.0)]
+@pytest.mark.parametrize(("rotations", "rule", "value", "epoch"), [(4, "joint", 30.0, 2), (1, "top1", 70.0, 4)])
+def test_the_best_teacher_by_the_published_rules(rotations, rule, value, epoch, tmp_path, monkeypatch):
+    """The first of equals, rounded to 0.01. `acc` is the backbone's top-1, and both accuracies are logged."""
+    tests = [(50.0, 20.0, 10.0), (40.0, 25.0, 30.0), (60.0, 30.004, 29.0), (70.0, 29.0, 29.0)]
     records = iter([{"top1": a, "aux1_joint": b, "aux2_joint": c} for a, b, c in tests])
     monkeypatch.setattr("training.trainer.evaluate", lambda *_, **__: dict(next(records)))
-    model = models.create("resnet8_aux", 4)
-    run = Trainer(model, methods.Teacher(), train=loader(8), test=loader(8), epochs=4, amp="off", folder=tmp_path)
-    assert run.fit() == {"epoch": 2, "value": 30.0, "top1": 40.0, "net": None}
-    for name, accuracy in (("resnet8_aux_best", 40.0), ("resnet8_aux", 70.0)):
+    common = {"train": loader(8), "test": loader(8), "epochs": 4, "amp": "off", "folder": tmp_path}
+    best = Trainer(models.create("resnet8_aux", 4, rotations), methods.Teacher(), **common).fit()
+    assert best == {"epoch": epoch, "value": value, "top1": tests[epoch - 1][0], "net": None}
+    for name, number in (("resnet8_aux_best", epoch), ("resnet8_aux", 4)):
         saved = utils.Checkpoint(tmp_path / f"{name}.pth.tar").content
-        assert (saved["acc"], saved["best"]["value"], saved["best_by"]) == (accuracy, 30.0, "joint")
+        assert (saved["acc"], saved["best"], saved["best_by"]) == (tests[number - 1][0], best, rule)
+    logged = [(line["test/top1"], line["test/joint"]) for line in log_lines(tmp_path)]
+    assert logged == [(top1, max(heads)) for top1, *heads in tests]
 
 
 def test_a_method_that_needs_numbers_refuses_batches_without():

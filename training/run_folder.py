@@ -20,7 +20,7 @@ FREE_ARGUMENTS = {
     *("tcheckpoint", "teacher_cache", "pretrained_backbone", "skip_bad_images"),
     *("override", "overrides", "image_set", "tested"),
 }
-# Those that change a result by rounding alone: they may differ too, in a line.
+# Those that change a result by rounding alone: they may differ too.
 ROUNDING_ARGUMENTS = {"accumulate", "compile", "amp"}
 LOCK_PATIENCE = 10  # seconds that a resumed run waits: the data workers of a killed one hold its lock until they notice
 
@@ -108,7 +108,7 @@ class RunFolder:
             raise UserError(
                 f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag or --override"
             )
-        for change in differences(settings, self.settings):
+        for change in differences(settings, self.settings, FREE_ARGUMENTS - {"num_workers"}):
             warn(f"--resume: {change}")
         self.before = settings
         # The first one is written after the log: a run killed between them starts over.

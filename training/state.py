@@ -91,7 +91,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "scaler": trainer.step.scaler.state_dict(),
         "precision": type_name(trainer.precision),
         "best": trainer.best,
-        "best_by": trainer.objective.best_by,
+        "best_by": trainer.objective.best_by(model),
         **(trainer.ema.state_dict() if trainer.ema else {}),
     }
     return to_cpu(state) if trainer.world.is_main else {}

@@ -166,7 +166,7 @@ class Trainer:
                 print_main(summary(record, self.epochs))
         if self.last_top1 is not None:
             held_out = self.val is not None
-            print_main(best_line(self.best, self.objective.best_by, held_out, self.last_top1))
+            print_main(best_line(self.best, self.objective.best_by(self.model), held_out, self.last_top1))
         return self.best
 
     def one_epoch(self, epoch: int, stop: launch.StopSignal | None) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class Trainer:
 
     def test_epoch(self, epoch: int) -> dict[str, Any]:
         """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals."""
-        rule = self.objective.best_by
+        rule = self.objective.best_by(self.model)
         heads = rule == "joint" or (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.epochs
         distributed.share_buffers(self.model)
         record, net = {}, None
@@ -268,7 +268,7 @@ class Trainer:
                 means.update({"joint": max(joint)} if joint else {})
                 record.update({f"{name}/{key}": value for key, value in means.items()})
         chosen_on = "test" if self.val is None else "val"
-        value = record[f"{chosen_on}/{rule}"]
+        value = round(record[f"{chosen_on}/{rule}"], 2)  # as the released codes compare them
         if value > self.best["value"]:
             self.best = {"epoch": epoch + 1, "value": value, "top1": record["test/top1"], "net": net}
         record.update({"best/top1": self.best["top1"], "best/epoch": self.best["epoch"]})
