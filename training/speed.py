@@ -49,16 +49,13 @@ def suit_cpu(model: nn.Module) -> None:
 
 
 class CompiledStep:
-    """A training step (images, labels, epoch, ...) compiled for `size` images, with `graphs` as CUDA graphs.
+    """A training step (images, labels, epoch, ...) compiled for the largest batch so far, with `graphs` as CUDA graphs.
 
-    Another number of images, such as an epoch's last one, runs uncompiled. `state` are tensors that the step updates
-    in place.
+    A smaller one, such as an epoch's last, runs uncompiled. `state` are tensors that the step updates in place.
     """
 
-    def __init__(
-        self, step: Callable, size: int, device: torch.device, graphs: bool = False, state: Iterable[Tensor] = ()
-    ):
-        self.uncompiled, self.size = step, size
+    def __init__(self, step: Callable, device: torch.device, graphs: bool = False, state: Iterable[Tensor] = ()):
+        self.uncompiled, self.size = step, 0
         self.compiled = torch.compile(step, mode="reduce-overhead" if graphs else None, dynamic=False)
         for value in state:
             torch._dynamo.mark_static_address(value)  # else no CUDA graph is made of a step that changes them
@@ -67,6 +64,7 @@ class CompiledStep:
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, *rest: Any) -> Any:
         """Return what the step returns."""
-        if len(images) != self.size:
+        self.size = max(self.size, len(images))
+        if len(images) < self.size:
             return self.uncompiled(images, labels, epoch, *rest)
         return self.compiled(images, labels, self.epoch.fill_(epoch), *rest)

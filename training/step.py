@@ -32,8 +32,8 @@ class StepModule(nn.Module):
 class TrainingStep:
     """What trains a model by an objective: the optimizer, and the step that it takes on a batch.
 
-    `accumulate` is the number of parts that a batch is computed in; `compile_for` the number of images for which the
-    step is compiled, None for an eager one. The objective's teacher is replaced by a copy for inference.
+    `accumulate` is the number of parts that a batch is computed in. The objective's teacher is replaced by a copy for
+    inference.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TrainingStep:
         world: World,
         layout: torch.memory_format = torch.channels_last,
         accumulate: int = 1,
-        compile_for: int | None = None,
+        compiled: bool = False,
         sync_bn: bool = False,
     ):
         self.precision, self.world, self.layout, self.accumulate = precision, world, layout, accumulate
@@ -64,14 +64,13 @@ class TrainingStep:
         self.wrapped = module if world.size == 1 else distribute(module, world, sync_bn)
         if isinstance(objective.teacher, nn.Module):
             objective.teacher = speed.inference_copy(objective.teacher, precision, layout)
-        self.forward = self.forward_eager
-        self.compiled = compile_for is not None
-        if compile_for:
+        self.forward, self.compiled = self.forward_eager, compiled
+        if compiled:
             # DistributedDataParallel's hooks split the step into several graphs; CUDA graphs of these would hold their
             # gradients at fixed addresses, which its buckets replace.
             graphs = world.device.type == "cuda" and world.size == 1
             state = objective.state.values()
-            self.forward = speed.CompiledStep(self.forward_eager, compile_for, world.device, graphs, state)
+            self.forward = speed.CompiledStep(self.forward_eager, world.device, graphs, state)
 
     def forward_eager(self, images: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch and its training sums (name -> scalar)."""
@@ -105,8 +104,7 @@ class TrainingStep:
             yield batch
             return
         for at in torch.arange(len(images)).chunk(parts):
-            rows = slice(int(at[0]), int(at[-1]) + 1)
-            yield batch.rows(rows)
+            yield batch.rows(slice(int(at[0]), int(at[-1]) + 1))
 
 
 def distribute(module: StepModule, world: World, sync_bn: bool) -> DistributedDataParallel:
