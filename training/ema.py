@@ -7,8 +7,6 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import state_dicts
-from training import distributed
-from training.metrics import evaluate
 from utils import unwrap
 
 if TYPE_CHECKING:
@@ -30,14 +28,9 @@ class Average:
 
     def test(self, trainer: "Trainer") -> dict[str, float]:
         """Return the flat record of an epoch's tests: `val/ema_top1` if images are held out, and `test/ema_top1`."""
-        network, net, record = self.averaged.module, None, {}
-        distributed.share_buffers(network)
-        for name, batches in (("val", trainer.val), ("test", trainer.test)):
-            if batches is not None:
-                means = evaluate(network, batches, trainer.world.device, trainer.precision, net=net)
-                net, record[f"{name}/ema_top1"] = means.get("net"), means["top1"]
-        self.top1 = record["test/ema_top1"]
-        return record
+        tested = trainer.tests(self.averaged.module)
+        self.top1 = tested["test"]["top1"]
+        return {f"{name}/ema_top1": means["top1"] for name, means in tested.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the average; whoever reads its weights prefers `state_dict_ema`."""

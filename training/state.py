@@ -9,7 +9,7 @@ from models import state_dicts
 from training import distributed, launch
 from training.optim import load_state
 from training.precision import type_name
-from training.run_folder import json_form
+from training.run_folder import FREE_ARGUMENTS, json_form
 from utils import Checkpoint, UserError, print_main
 
 if TYPE_CHECKING:
@@ -27,19 +27,6 @@ def to_cpu(value: Any) -> Any:
     return value
 
 
-# Settings that may differ between the processes of a run: paths, and where a process runs.
-OWN_SETTINGS = {
-    "rank",
-    "gpu_id",
-    "num_workers",
-    "checkpoint_dir",
-    "data",
-    "tcheckpoint",
-    "pretrained_backbone",
-    "digests",
-}
-
-
 def default_settings(trainer: "Trainer") -> dict[str, Any]:
     """Return the settings of a Trainer that is made without a command line, which a resumed run must share."""
     names = ("lr", "weight_decay", "momentum", "nesterov", "milestones", "warmup", "seed", "optimizer", "schedule")
@@ -50,8 +37,8 @@ def default_settings(trainer: "Trainer") -> dict[str, Any]:
 
 def shaping(trainer: "Trainer") -> dict[str, Any]:
     """Return what must be equal in all processes: their results would be silently wrong."""
-    settings = {name: value for name, value in trainer.settings.items() if name not in OWN_SETTINGS}
-    data = {"steps an epoch": len(trainer.train), "images": trainer.info.get("images")}
+    settings = {name: value for name, value in trainer.settings.items() if name not in FREE_ARGUMENTS}
+    data = {"epochs": trainer.epochs, "steps an epoch": len(trainer.train), "images": trainer.info.get("images")}
     data["classes"] = trainer.info.get("class_names")
     return {**settings, **data, "teacher": trainer.teacher_digest, "torch": str(torch.__version__)}
 
@@ -64,7 +51,7 @@ def claim(trainer: "Trainer") -> Checkpoint | None:
     distributed.barrier()
     if resumed and not run.last.exists():
         print_main(f"--resume: no checkpoint in {run.path} yet, starting from the beginning")
-    return run.read_last() if resumed and run.last.exists() else None
+    return Checkpoint(run.last, key="net") if resumed and run.last.exists() else None
 
 
 def state_of(trainer: "Trainer") -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The one training loop: epochs, tests, the choice of the best, saves and resumption."""
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -113,10 +112,6 @@ class Trainer:
             count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
             objective.prepare(self.model, next(iter(self.train))[0].to(device), count)
             objective.to(device)
-        compile_for = None
-        if self.compile:
-            size = getattr(self.train, "batch_size", None) or len(next(iter(self.train))[0])
-            compile_for = math.ceil(size / self.world.size / self.accumulate)
         self.step = TrainingStep(
             self.model,
             objective,
@@ -125,7 +120,7 @@ class Trainer:
             self.world,
             layout=self.layout,
             accumulate=self.accumulate,
-            compile_for=compile_for,
+            compiled=self.compile,
             sync_bn=self.sync_bn,
         )
         self.ema = Average(self.model, self.step.optimizer, self.ema_decay) if self.ema_decay is not None else None
@@ -254,25 +249,31 @@ class Trainer:
                 f"training diverged in epoch {epoch + 1}: lower --init-lr, or --resume --override init_lr=RATE"
             )
 
-    def test_epoch(self, epoch: int) -> dict[str, Any]:
-        """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals."""
-        rule = self.objective.best_by(self.model)
-        heads = rule == "joint" or (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.epochs
-        distributed.share_buffers(self.model)
-        record, net = {}, None
+    def tests(self, model: nn.Module, heads: bool = False) -> dict[str, dict[str, float]]:
+        """Return what `evaluate` finds on the images that are held out, `val`, if there are any, and on `test`."""
+        distributed.share_buffers(model)
+        found, net = {}, None
         for name, batches in (("val", self.val), ("test", self.test)):
             if batches is not None:
-                means = evaluate(self.model, batches, self.world.device, self.precision, heads, net)
-                net = means.get("net")  # held-out images choose between the networks of a pair, too
-                joint = [value for key, value in means.items() if key.endswith("_joint")]
-                means.update({"joint": max(joint)} if joint else {})
-                record.update({f"{name}/{key}": value for key, value in means.items()})
+                found[name] = evaluate(model, batches, self.world.device, self.precision, heads, net)
+                net = found[name].get("net")  # held-out images choose between the networks of a pair, too
+        return found
+
+    def test_epoch(self, epoch: int) -> dict[str, Any]:
+        """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals."""
+        rule = self.objective.best_by
+        heads = rule == "joint" or (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.epochs
+        record = {}
+        for name, means in self.tests(self.model, heads).items():
+            joint = [value for key, value in means.items() if key.endswith("_joint")]
+            record.update({f"{name}/{key}": value for key, value in means.items()})
+            record.update({f"{name}/joint": max(joint)} if joint else {})
         chosen_on = "test" if self.val is None else "val"
         value = round(record[f"{chosen_on}/{rule}"], 2)  # as the released codes compare them
         if value > self.best["value"]:
-            self.best = {"epoch": epoch + 1, "value": value, "top1": record["test/top1"], "net": net}
+            self.best = {"epoch": epoch + 1, "value": value, "top1": record["test/top1"], "net": record.get("test/net")}
         record.update({"best/top1": self.best["top1"], "best/epoch": self.best["epoch"]})
-        if net is not None:
+        if self.best["net"] is not None:
             record["best/net"] = self.best["net"]
         return record
 
