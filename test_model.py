@@ -16,7 +16,6 @@ import utils
 from training import launch
 from training.metrics import by_class, confusion, cost, evaluate, table_of
 from training.precision import resolve_precision, type_name
-from training.run_folder import json_ready
 
 KINDS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (heads over class and rotation)"}
 
@@ -73,7 +72,7 @@ def main(args, world):
         draw_confusion(matrix, images.classes, args.confusion)
     classes = by_class(matrix, images.classes)
     shown = [*table_of(classes), *lines(result)]
-    utils.print_main(json.dumps(json_ready({**result, "classes": classes})) if args.json else "\n".join(shown))
+    utils.print_main(json.dumps({**result, "classes": classes}) if args.json else "\n".join(shown))
 
 
 def lines(result):

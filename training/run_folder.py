@@ -1,7 +1,6 @@
 """Run folders: whose they are, their settings, logs and checkpoints."""
 
 import json
-import math
 import os
 import threading
 from contextlib import suppress
@@ -10,7 +9,7 @@ from typing import Any
 
 import filelock
 
-from utils import Checkpoint, UserError, replacing, save_checkpoint, warn
+from utils import UserError, replacing, save_checkpoint, warn
 
 # Arguments that may differ between a run and its resumption: where and how it runs, how long, and paths, whose files
 # may have moved. (That the teacher is the same one is checked by its weights.)
@@ -44,13 +43,6 @@ def read_log(path: Path) -> list[dict]:
     return [epochs[number] for number in sorted(epochs)]
 
 
-def json_ready(value: Any) -> Any:
-    """Return `value` with None for every number within its dicts that JSON has no word for: NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: json_ready(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def json_form(value: Any) -> Any:
     """Return `value` as it is once written as JSON and read again: tuples are lists."""
     return json.loads(json.dumps(value))
@@ -64,6 +56,17 @@ def differences(old: dict, new: dict, free: set[str] = FREE_ARGUMENTS) -> list[s
     new = json_form(new)
     keys = sorted((old.keys() | new.keys()) - free)
     return [f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if (old.get(k) or None) != (new.get(k) or None)]
+
+
+def acquired(lock: filelock.BaseFileLock, patience: float) -> bool:
+    """Return whether the lock is held after so many seconds; on a file system without locks it counts as held."""
+    try:
+        lock.acquire(timeout=patience)
+    except filelock.Timeout:
+        return False
+    except (OSError, NotImplementedError):
+        warn(f"warning: {lock.lock_file}: its file system has no locks; see to it that no other run writes there")
+    return True
 
 
 class RunFolder:
@@ -83,13 +86,10 @@ class RunFolder:
         """Create or reopen the folder; UserError if it holds another run, or one in progress."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=LOCK_PATIENCE if resume else 0)
-        except filelock.Timeout:
-            raise UserError(f"{self.path}: another process is training in this folder") from None
-        except (OSError, NotImplementedError) as error:
-            if not os.access(self.path, os.W_OK):
-                raise UserError(f"cannot write the run folder {self.path}: {error}") from None
-            warn(f"warning: {self.path}: its file system has no locks; see to it that no other run writes there")
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from None
+        if not acquired(self.lock, LOCK_PATIENCE if resume else 0):
+            raise UserError(f"{self.path}: another process is training in this folder")
         if self.last.exists() or self.best.exists() or read_log(self.log):
             self.check_continued(resume)
 
@@ -97,9 +97,7 @@ class RunFolder:
         """Raise UserError unless the run in the folder is this one, to be resumed from its last checkpoint."""
         if not resume:
             raise UserError(f"{self.path} already holds a run: continue it with --resume or name this one with --tag")
-        settings = read_json(self.arguments)
-        if settings is None:
-            raise UserError(f"--resume: {self.arguments} is missing or unreadable: put it back, or use --tag")
+        settings = read_json(self.arguments) or {}
         # A cosine ends with the last epoch, so their number shapes the whole run.
         fixed = {"epochs"} if self.settings.get("schedule") == "cosine" else set()
         free = (FREE_ARGUMENTS | ROUNDING_ARGUMENTS) - fixed | set(self.settings.get("override") or ())
@@ -113,20 +111,7 @@ class RunFolder:
         self.before = settings
         # The first one is written after the log: a run killed between them starts over.
         if not self.last.exists() and len(read_log(self.log)) != 1:
-            raise UserError(f"--resume: {self.last} is missing: put it back, or {self.recovery()}")
-
-    def recovery(self) -> str:
-        """Return what to do without a last checkpoint that can be read."""
-        if self.best.exists():
-            return f"copy {self.best.name} over it to resume from the best epoch, or start anew with --tag"
-        return "start anew with --tag"
-
-    def read_last(self) -> Checkpoint:
-        """Return the last checkpoint; UserError if it cannot be read."""
-        try:
-            return Checkpoint(self.last, key="net")
-        except UserError as error:
-            raise UserError(f"--resume: {error}; {self.recovery()}") from None
+            raise UserError(f"--resume: {self.last} is missing: put it back, or start anew with --tag")
 
     def close(self) -> None:
         """Let go of the folder, so that another run of this process too can open it."""
@@ -162,9 +147,6 @@ class RunLog:
 
         self.path = folder.log
         kept = [entry for entry in read_log(self.path) if entry["epoch"] <= epochs_done]
-        if len(kept) < epochs_done:
-            missing = epochs_done - len(kept)
-            warn(f"warning: {self.path}: {missing} of the {epochs_done} epochs trained so far are missing")
         with replacing(self.path, "w") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in kept)
         threading.excepthook = _tensorboard_is_silent
@@ -174,10 +156,10 @@ class RunLog:
             raise UserError(f"cannot write TensorBoard's events in {folder.path}: {error.strerror}") from None
 
     def write(self, record: dict) -> None:
-        """Append one epoch's flat record; a number that is not finite becomes null, which every JSON reader knows."""
+        """Append one epoch's flat record."""
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(json_ready(record)) + "\n")
+                file.write(json.dumps(record) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             for key, value in record.items():

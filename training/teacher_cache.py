@@ -22,8 +22,8 @@ from methods import Objective, Outputs
 from training import distributed, start
 from training.precision import autocast, type_name
 from training.progress import Progress
-from training.run_folder import json_form, read_json
-from utils import UserError, World, print_main, replacing, warn
+from training.run_folder import acquired, json_form, read_json
+from utils import UserError, World, print_main, replacing
 
 if TYPE_CHECKING:
     from training.trainer import Trainer
@@ -119,17 +119,6 @@ class TeacherCache:
 def length_of(path: Path) -> int:
     """Return the bytes of a file, 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
-
-
-def acquired(lock: filelock.BaseFileLock, patience: float) -> bool:
-    """Return whether the lock is held after so many seconds; where there are no locks, it counts as held."""
-    try:
-        lock.acquire(timeout=patience)
-    except filelock.Timeout:
-        return False
-    except (OSError, NotImplementedError):
-        warn(f"warning: {lock.lock_file}: no locks on its file system; see to it that no other run fills the store")
-    return True
 
 
 def find(trainer: "Trainer") -> TeacherCache:
