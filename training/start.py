@@ -45,10 +45,9 @@ def suit_teacher(
     made for, or those of `data`.
     """
     imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
-    known = imagesets.recorded(checkpoint.info)
-    given = statistics_of(data.info)
-    made_for = statistics_of(options.own_statistics(teacher.arch), given)
-    own = statistics_of({"mean": mean, "std": std}, statistics_of(known, made_for))
+    known = {**data.info, **options.own_statistics(teacher.arch), **imagesets.recorded(checkpoint.info)}
+    given, own = statistics_of(data.info), statistics_of(known)
+    own = tuple(mean or own[0]), tuple(std or own[1])
     order = class_order(known.get("class_names"), data.classes)
     if own != given:
         print_main(f"the teacher's images are normalised by its own {shown(own)}, not {shown(given)}")
@@ -58,9 +57,9 @@ def suit_teacher(
 
 
 def shown(statistics: Statistics) -> str:
-    """Return a mean and a standard deviation as a line shows them."""
+    """Return a mean and a standard deviation as flags."""
     mean, std = (" ".join(f"{value:.4g}" for value in values) for values in statistics)
-    return f"mean {mean} and std {std}"
+    return f"--mean {mean} --std {std}"
 
 
 def load_backbone(
@@ -77,7 +76,7 @@ def load_backbone(
     """
     if not path:
         return {}
-    checkpoint = Checkpoint(path, key, models.backbone_name(getattr(model, "arch", "resnet20")))
+    checkpoint = Checkpoint(path, key, models.backbone_name(model.arch))
     renewed = checkpoint.num_classes != data.num_classes
     known = imagesets.recorded(checkpoint.info)
     order = class_order(known.get("class_names"), data.classes)
@@ -96,19 +95,14 @@ def load_backbone(
         print_main(f"{checkpoint.path}: the classes are matched by name: the weights have them in another order")
     info = {name: value for name, value in checkpoint.info.items() if name != "class_names" or not renewed}
     imagesets.warn_of_other_data(info, data.test, checkpoint.path)
-    given = statistics_of(data.info)
-    own = statistics_of(known, given)
-    if own != given:
-        flags = " ".join(
-            f"--{flag} {' '.join(map(str, value))}" for flag, value in zip(("mean", "std"), own, strict=True)
-        )
-        warn(f"warning: {checkpoint.path}: trained on images with another normalisation, {flags}")
+    own = statistics_of({**data.info, **known})
+    if own != statistics_of(data.info):
+        warn(f"warning: {checkpoint.path}: trained on images with another normalisation, {shown(own)}")
     return {str(path): checkpoint.digest}
 
 
-def statistics_of(known: dict[str, Any], default: Statistics = ((), ())) -> Statistics:
-    """Return the mean and the standard deviation in `known`, or else the default ones."""
-    return tuple(known.get("mean") or default[0]), tuple(known.get("std") or default[1])
+def statistics_of(info: dict[str, Any]) -> Statistics:
+    return tuple(info["mean"]), tuple(info["std"])
 
 
 def opening(trainer: "Trainer", test: bool) -> dict[str, Any]:
