@@ -1,6 +1,7 @@
-"""Runs the project's scripts within the test process, on the CPU."""
+"""Runs the project's scripts within the test process, on the CPU, and compares what they write."""
 
 import importlib
+import itertools
 import json
 import signal
 import sys
@@ -11,6 +12,7 @@ import torch
 
 import models
 from training import launch
+from training.step import TrainingStep
 from utils import World
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -59,6 +61,21 @@ def status(script, *argv):
             return stop.code or 0
 
 
+def stopped(script, *argv, after, by, times=1):
+    """Run a script that receives a signal (or raises an error) after so many steps; return its exit status."""
+    step, steps = TrainingStep.__call__, itertools.count(1)
+
+    def stepping(self, batch, totals):
+        step(self, batch, totals)
+        for _ in range(times if next(steps) == after else 0):
+            if not isinstance(by, signal.Signals):
+                raise by
+            signal.raise_signal(by)
+
+    with mock.patch.object(TrainingStep, "__call__", stepping):
+        return status(script, *argv)
+
+
 def save_teacher(path, name="resnet8_aux", num_classes=10, rotations=4):
     """Write the weights of a freshly initialised network; return the path."""
     torch.manual_seed(1)
@@ -71,3 +88,29 @@ def log_lines(folder):
     measured = ("images_per_second", "seconds", "peak_memory_mib")
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if name not in measured} for line in lines]
+
+
+def checkpoint(folder, best=False):
+    """Return a run folder's last or best checkpoint."""
+    (path,) = (path for path in folder.glob("*.pth.tar") if ("_best" in path.name) == best)
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Return whether two checkpoints' contents are bit-equal."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(found, expected):
+    """Check that two run folders hold the same run, bit-exactly, whatever their timings and places."""
+    states = checkpoint(found), checkpoint(expected)
+    for key in states[0].keys() - {"args", "versions"}:
+        assert same(states[0][key], states[1][key]), key
+    assert log_lines(found) == log_lines(expected)
+    assert same(checkpoint(found, best=True)["net"], checkpoint(expected, best=True)["net"])

@@ -12,12 +12,9 @@ import torch
 from PIL import Image
 
 import models
-from scripts import QUICK, run, save_teacher
-from tools import analyse, figures
+from scripts import QUICK, QUICK_RUN, run, save_teacher
+from tools import analyse
 from tools.measures import Answers, agreement, ask, by_class, confusion, divergence, overview, reliability
-from tools.page import Section, page
-
-VOID = {"meta", "img", "br"}
 
 
 class Reader(HTMLParser):
@@ -29,7 +26,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in VOID:
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -39,16 +36,17 @@ class Reader(HTMLParser):
         self.words.append(data)
 
 
-def answers(rows, name="a"):
-    """Return the answers of given probabilities (n, N)."""
-    return Answers(name, torch.tensor(rows).clamp(min=1e-30).log(), {})
-
-
 def read(html):
+    """Return the Reader of a page whose tags are all closed."""
     reader = Reader()
     reader.feed(html)
     assert not reader.open
     return reader
+
+
+def answers(rows, name="a"):
+    """Return the answers of given probabilities (n, N)."""
+    return Answers(name, torch.tensor(rows).clamp(min=1e-30).log(), {})
 
 
 def check_standalone(html):
@@ -56,18 +54,11 @@ def check_standalone(html):
     reader = read(html)
     pictures = [value for tag, name, value in reader.attributes if (tag, name) == ("img", "src")]
     for value in pictures:
-        kind, data = value.split(",", 1)
-        assert kind == "data:image/png;base64"
-        content = base64.b64decode(data, validate=True)
-        Image.open(io.BytesIO(content)).load()
-        assert b"http" not in content[:200]
-    rest = html
-    for value in pictures:
-        rest = rest.replace(value, "")
-    assert not re.search(r"//|https?:|url\(|@import|<script|<link|src=\"[^\"]", rest)
+        Image.open(io.BytesIO(base64.b64decode(value.removeprefix("data:image/png;base64,"), validate=True))).load()
+        html = html.replace(value, "")
+    assert not re.search(r"//|https?:|url\(|@import|<script|<link|src=\"[^\"]", html)
     anchors = {value for _, name, value in reader.attributes if name == "id"}
     assert {value[1:] for _, name, value in reader.attributes if name == "href"} == anchors
-    assert all(value for tag, name, value in reader.attributes if (tag, name) == ("img", "alt"))
     return len(pictures)
 
 
@@ -84,13 +75,8 @@ def test_agreement_and_confusion_by_hand():
     labels = torch.tensor([0, 0, 1, 2, 2])
     student = answers(torch.eye(3)[[0, 1, 1, 0, 1]].clamp(0.1).tolist())
     teacher = answers(torch.eye(3)[[0, 0, 0, 0, 0]].clamp(0.1).tolist())
-    assert agreement(student, teacher, labels) == {
-        "both right": 20,
-        "student alone right": 20,
-        "teacher alone right": 20,
-        "same mistake": 20,
-        "different mistakes": 20,
-    }
+    kinds = ("both right", "student alone right", "teacher alone right", "same mistake", "different mistakes")
+    assert agreement(student, teacher, labels) == dict.fromkeys(kinds, 20)
     assert confusion(student, labels).tolist() == [[1, 1, 0], [0, 1, 0], [1, 1, 0]]
     assert by_class(student, labels).tolist() == [50, 100, 0]
     assert overview(student, teacher, labels)["agreement"] == pytest.approx(40)
@@ -119,34 +105,13 @@ def test_answers_by_rotation():
         torch.testing.assert_close(found.logits, network(images)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_page_escapes_what_it_shows():
-    part = Section("<b> & co", 'a "quote" <i>', [(["<h>"], [["<c>"]])], [("data:image/png;base64,", 'x"y\n<z>')])
-    reader = read(page("<t>", "<u>", [part]))
-    assert {"<t>", "<u>", "<b> & co", 'a "quote" <i>', "<h>", "<c>"} <= set(reader.words)
-
-
-def test_embeddings_are_mapped():
-    found = answers([[0.9, 0.1]] * 12)
-    found.embeddings = torch.randn(12, 5)
-    assert figures.uri(figures.embedding_map(found, torch.arange(12) % 2, ["a", "b"])).startswith("data:image/png")
-
-
 @pytest.mark.slow
 def test_a_page_of_runs_stands_alone(tmp_path, capsys):
     """A student with heads and a log, one without either, and a pair's better network, beside their teacher."""
     teacher, plain = save_teacher(tmp_path / "teacher.pth"), save_teacher(tmp_path / "plain.pth", "resnet14")
     command = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", teacher, *QUICK, "--epochs", 2)
     run("train_student_cifar", *command, "--checkpoint-dir", tmp_path / "runs")
-    run(
-        "train_online_kd_cifar",
-        "--arch",
-        "resnet8_resnet8",
-        *QUICK,
-        "--epochs",
-        1,
-        "--checkpoint-dir",
-        tmp_path / "pair",
-    )
+    run("train_online_kd_cifar", "--arch", "resnet8_resnet8", *QUICK_RUN, "--checkpoint-dir", tmp_path / "pair")
     hsakd, pair = tmp_path.glob("runs/*/resnet8_aux.pth.tar"), tmp_path.glob("pair/*/resnet8_resnet8.pth.tar")
     content = torch.load(plain, weights_only=True)
     torch.save({**content, "arch": "resnet14", "method": "kd"}, plain)
@@ -155,16 +120,9 @@ def test_a_page_of_runs_stands_alone(tmp_path, capsys):
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert check_standalone(html) == 9 + 3 * analyse.EXTREMES
     text = " ".join(read(html).words)
-    for title in ("Overview", "Learning curves", "Heads over the epochs", "Accuracy by class", "Confusion"):
-        assert title in text
-    for title in ("Calibration", "Agreement with the teacher", "Rotated images", "hssakd differs most"):
-        assert title in text
+    titles = "Overview, Learning curves, Heads over the epochs, Accuracy by class, Confusion, Calibration, "
+    titles += "Agreement with the teacher, Rotated images, hssakd differs most"
+    assert all(title in text for title in titles.split(", "))
     logged = json.loads(next(tmp_path.glob("runs/*/log.jsonl")).read_text().splitlines()[-1])["test/top1"]
     row = re.search(r"<td>hsakd</td><td>([\d.]+)</td>", html)
     assert len(html) < 5e6 and float(row[1]) == pytest.approx(logged, abs=0.6)
-
-
-def test_weights_that_do_not_say_what_they_are(tmp_path):
-    path = str(save_teacher(tmp_path / "t.pth"))
-    with pytest.raises(analyse.UserError, match="--arch"):
-        analyse.main(analyse.parse_args(["--weights", path, "--teacher", path, "--out", str(tmp_path / "p.html")]))

@@ -1,5 +1,6 @@
-"""Images read from files by workers, in a folder as ImageNet's: decoding, order, unreadable files, the workers' end."""
+"""A folder as ImageNet's, read from files by workers: decoding, order, unreadable files, scripts, the workers' end."""
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -12,12 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision.transforms import v2
 
 import imagesets
+import models
+import utils
 from imagesets import folders, from_files
 from imagesets.images import decode
+from scripts import assert_same_run, run, stopped
 from utils import UserError, World
 
 CHANNELS = {"RGB": 3, "L": 1, "CMYK": 4}
@@ -81,20 +86,12 @@ def test_batches_depend_on_the_position_alone(root):
     assert (len(data.train), data.train.num_images, data.num_classes, data.size) == (3, 12, 4, 224)
 
 
-def test_reading_leaves_the_global_generator_alone(root):
-    torch.manual_seed(0)
-    expected = torch.get_rng_state()
-    list(load(root).train)
-    assert torch.equal(torch.get_rng_state(), expected)
-
-
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_each_test_image_counts_once_as_torchvision_shows_it(root, ranks):
-    found = [batch for rank in range(ranks) for batch in load(root, rank, ranks).test] if ranks < 3 else []
-    if ranks == 3:
-        tests = [imagesets.load_test("imagenet", root, batch_size=3, workers=0, world=World(r, 3)) for r in range(3)]
-        found = [batch for test in tests for batch in test]
-        assert {test.total for test in tests} == {4}
+    worlds = [World(rank, ranks) for rank in range(ranks)]
+    tests = [imagesets.load_test("imagenet", root, batch_size=3, workers=0, world=world) for world in worlds]
+    found = [batch for test in tests for batch in test]
+    assert {test.total for test in tests} == {4}
     assert sorted(torch.cat([labels for _, labels in found]).tolist()) == [0, 1, 2, 3]
     transform = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.ToDtype(torch.float32, scale=True),
                             v2.Normalize(*folders.STATISTICS)])  # fmt: skip
@@ -102,10 +99,9 @@ def test_each_test_image_counts_once_as_torchvision_shows_it(root, ranks):
     torch.testing.assert_close(found[0][0][0], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_stops_with_its_path(damaged, workers):
+def test_an_unreadable_image_stops_with_its_path(damaged):
     with pytest.raises(UserError, match=damaged[1]):
-        list(load(damaged[0], workers=workers).train)
+        list(load(damaged[0], workers=1).train)
 
 
 def test_unreadable_images_are_skipped_named_and_counted_once(damaged, capsys):
@@ -143,23 +139,42 @@ def test_random_crops_are_torchvisions(root):
     assert from_files.stacked([found, found]).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_missing_folder_and_more_processes_than_test_images(root, tmp_path):
-    with pytest.raises(UserError, match="no images"):
-        load(tmp_path)
-    with pytest.raises(UserError, match="fewer test images"):
-        imagesets.load_test("imagenet", root, batch_size=5, workers=0, world=World(0, 5))
+@pytest.mark.slow
+def test_a_run_resumes_inside_an_epoch_and_its_workers_end_with_it(root, tmp_path):
+    """Stopped or not: left to the end of the process, each worker would take seconds."""
+    name = "train_baseline_cifar_arch_resnet8_dataset_imagenet_seed0"
+    argv = ["--arch", "resnet8", "--dataset", "imagenet", "--data", root, "--batch-size", 4, "--amp", "off"]
+    argv += ["--image-size", 64, "--epochs", 2, "--milestones", 1, "--checkpoint-dir"]
+    before = set(multiprocessing.active_children())
+    gc.disable()  # nor may they wait for the collector
+    try:
+        run("train_baseline_cifar", *argv, tmp_path / "whole", "--num-workers", 0)
+        argv += [tmp_path, "--num-workers", 2]
+        assert stopped("train_baseline_cifar", *argv, after=2, by=signal.SIGTERM) == 143
+        assert not set(multiprocessing.active_children()) - before
+        run("train_baseline_cifar", *argv, "--resume")
+        assert not set(multiprocessing.active_children()) - before
+    finally:
+        gc.enable()
+    assert_same_run(tmp_path / name, tmp_path / "whole" / name)
 
 
 @pytest.mark.slow
-def test_workers_end_with_the_pass_or_its_abandonment(root):
-    before = set(multiprocessing.active_children())
-    batches = load(root, workers=1).train
-    list(batches)
-    passing = batches.epoch(1)
-    next(passing)
-    assert set(multiprocessing.active_children()) - before
-    del passing
-    assert not set(multiprocessing.active_children()) - before
+def test_imagenets_scripts(root, tmp_path, capsys):
+    """Teacher on torchvision's backbone, student, online pair: two steps each; then test_model.py."""
+    torch.save(torchvision.models.resnet34(num_classes=4).state_dict(), tmp_path / "resnet34.pth")
+    common = ["--data", root, "--num-workers", 1, "--batch-size", 2, "--limit-batches", 2, "--image-size", 64]
+    training = [*common, "--epochs", 1, "--init-lr", 0.001, "--checkpoint-dir", tmp_path]
+    run("train_teacher_imagenet", *training, "--freezed", "--pretrained-backbone", tmp_path / "resnet34.pth")
+    teacher = tmp_path / "train_teacher_imagenet_arch_resnet34_aux_dataset_imagenet_seed0"
+    run("train_student_imagenet", *training, "--tcheckpoint", teacher / "resnet34_imagenet_aux_best.pth.tar")
+    run("train_online_kd_imagenet", *training)
+    student = tmp_path / "train_student_imagenet_tarch_resnet34_aux_arch_resnet18_aux_dataset_imagenet_seed0"
+    weights = student / "resnet18_imagenet_aux_best.pth.tar"
+    utils.load_weights(models.create("resnet18_imagenet", 4), weights)
+    network = ["--arch", "resnet18_imagenet_aux", "--student-weights", weights]
+    run("test_model", *common, "--dataset", "imagenet", *network)
+    assert "images: 4" in capsys.readouterr().out
 
 
 READ = """
@@ -167,26 +182,22 @@ import sys, time, imagesets, multiprocessing
 passing = imagesets.load("imagenet", sys.argv[1], batch_size=1, workers=1).train.epoch(0)
 next(passing)
 print(multiprocessing.active_children()[0].pid, flush=True)
-if sys.argv[2] == "sleep":
-    time.sleep(60)
+time.sleep(60)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("then", ["sleep", "end"])
-def test_workers_ignore_a_schedulers_signals_and_end_with_training(root, then):
-    """Training is killed, or ends in the midst of a pass."""
+def test_workers_ignore_a_schedulers_signals_and_end_with_training(root):
     repository = Path(imagesets.__file__).resolve().parent.parent
-    command = [sys.executable, "-c", READ, str(root), then]
+    command = [sys.executable, "-c", READ, str(root)]
     with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as training:
         worker = int(training.stdout.readline())
-        if then == "sleep":
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                os.kill(worker, number)
-            time.sleep(0.5)
-            os.kill(worker, 0)  # it is still there
-            training.kill()
-        assert training.wait(60) == (-signal.SIGKILL if then == "sleep" else 0)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(worker, number)
+        time.sleep(0.5)
+        os.kill(worker, 0)  # it is still there
+        training.kill()
+        training.wait(60)
     ended = time.monotonic() + 20
     while time.monotonic() < ended and Path(f"/proc/{worker}").exists():
         time.sleep(0.1)

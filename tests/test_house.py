@@ -31,18 +31,14 @@ def imports(tree):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_keeps_to_its_floor(path):
+def test_a_module_keeps_to_its_floor_and_is_short(path):
     room, tree = path.relative_to(ROOT).parts[0].removesuffix(".py"), tree_of(path)
     floor = FLOORS.get(room, ROOF)
     others = imports(tree) - {room}
     assert not {name for name in others if FLOORS.get(name, -1) >= floor}
     assert not others & (SCRIPTS | {"tools"}) or room in SCRIPTS
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_modules_and_functions_are_short(path):
     assert len(path.read_text().splitlines()) <= 300
-    functions = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert not [node.name for node in functions if node.end_lineno - node.lineno >= 50]
 
 

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedShuffleSplit
-from test_own_images import write_images
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
@@ -108,7 +105,7 @@ def test_normalisation_is_torchvisions_and_the_border_is_black():
 
 def test_an_epoch_shows_every_image_once_augmented_under_its_number():
     images = random_images(10, 8)
-    labels, batches = torch.arange(10) % 3, None
+    labels = torch.arange(10) % 3
     batches = train_batches(image_set(images, labels), 4, padding=1)
     found = list(batches.epoch(0))
     views = torch.cartesian_prod(torch.arange(3), torch.arange(3), torch.arange(2))
@@ -127,40 +124,13 @@ def test_order_is_seeded_and_differs_between_epochs_and_seeds():
     assert all(a != b for number, a in enumerate(orders) for b in orders[:number])
 
 
-def test_an_epoch_entered_at_a_step_continues_as_the_whole_epoch():
-    batches = train_batches(image_set(random_images(23, 8)), 5, padding=4)
-    whole = list(batches.epoch(2))
-    for start in range(len(whole) + 1):
-        rest = list(batches.epoch(2, start))
-        assert len(rest) == len(whole) - start
-        for found, expected in zip(rest, whole[start:], strict=True):
-            assert all(map(torch.equal, found, expected))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 6), st.lists(st.sampled_from([1, 2, 3]), min_size=2, max_size=2), st.data())
-def test_ranks_share_an_epoch_whatever_their_number_from_any_step_on(count, each, sizes, data):
-    batch_size = 6 * each
-    steps = math.ceil(count / batch_size)
-    change = data.draw(st.integers(0, steps))
-    seen = []
-    for step in range(steps):
-        ranks = sizes[step >= change]
-        shares = [
-            in_memory.share_of_batch(step, batch_size, count, World(rank, ranks)).tolist() for rank in range(ranks)
-        ]
-        length = min(batch_size, count - step * batch_size)
-        assert len({len(share) for share in shares}) == 1 and len(sum(shares, [])) - length < ranks
-        seen += sum(shares, [])[:length]
-    assert seen == list(range(count))
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_together_see_the_batches_of_one_process(ranks):
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_together_see_the_batches_of_one_process_from_any_step_on(ranks, start):
     images = image_set(random_images(23, 8))
     alone = list(train_batches(images, 6, padding=4).epoch(1))
-    found = [list(train_batches(images, 6, rank, ranks, padding=4).epoch(1)) for rank in range(ranks)]
-    for step, batch in enumerate(alone):
+    found = [list(train_batches(images, 6, rank, ranks, padding=4).epoch(1, start)) for rank in range(ranks)]
+    for step, batch in enumerate(alone[start:]):
         together = [torch.cat(parts) for parts in zip(*(batches[step] for batches in found), strict=True)]
         assert all(torch.equal(part[: len(whole)], whole) for part, whole in zip(together, batch, strict=True))
 
@@ -172,24 +142,6 @@ def test_each_test_image_counts_once(ranks):
     assert sorted(torch.cat([labels for _, labels in found]).tolist()) == list(range(23))
     assert all(torch.equal((images * 255).round().long()[:, 0, 0, 0], labels) for images, labels in found)
     assert {share.total for share in shares} == {23} and sum(map(len, shares)) == len(found)
-
-
-@pytest.mark.parametrize("limit", [None, 7, 10, 99])
-def test_limited_test_images_are_spread_over_all_classes(limit):
-    """Files lie class by class: the first ones alone would be of one class. Each image once, whatever the processes."""
-    chosen = [
-        in_memory.share_of_test(30, limit, World(rank, ranks))[0].tolist() for ranks in (1, 3) for rank in range(ranks)
-    ]
-    assert sorted(sum(chosen[1:], [])) == chosen[0] == sorted(set(chosen[0])) and len(chosen[0]) == min(limit or 30, 30)
-    counts = np.bincount(np.array(chosen[0]) // 10, minlength=3)
-    assert counts.max() - counts.min() <= 1
-
-
-@pytest.mark.parametrize(("side", "asked", "images"), [(8, 4, 256), (32, 300, 300), (96, 4, 28), (96, 64, 64)])
-def test_test_batches_of_large_images_have_fewer(side, asked, images):
-    """As many pixels as 256 images of CIFAR, but no fewer images than a training batch."""
-    made = image_set(torch.zeros(301, 3, side, side, dtype=torch.uint8))
-    assert [len(found) for _, found in in_memory.TestBatches(made, asked, World())][0] == images
 
 
 def test_batches_that_do_not_divide_and_their_limit():
@@ -207,7 +159,6 @@ def test_digits_split():
     assert (train.num_images, test.total, data.num_classes, data.size) == (1437, 360, 10, 32) and data.val is None
     whole = torch.from_numpy(load_digits().target).bincount()
     assert (train.labels.bincount() - 0.8 * whole).abs().max() < 1
-    assert torch.equal(train.labels.bincount() + test.labels.bincount(), whole)
     assert not {x.numpy().tobytes() for x in train.images} & {x.numpy().tobytes() for x in test.images}
     pixels = train.images.double() / 255
     torch.testing.assert_close(pixels.mean().item(), data.info["mean"][0], atol=5e-3, rtol=0)
@@ -232,41 +183,20 @@ def test_held_out_and_few_training_images():
     parts = [{x.numpy().tobytes() for x in part.images} for part in (data.train, data.val)]
     assert abs(len(parts[1]) - 287) <= 1 and abs(len(parts[0]) - 575) <= 1 and data.info["images"] == len(parts[0])
     assert parts[0] | parts[1] <= whole and not parts[0] & parts[1]
-    with pytest.raises(UserError):
-        imagesets.load("digits", val_split=0.999)
-
-
-def test_tinyimagenet(tmp_path):
-    """Its training images lie one folder deeper; its test images have no labels."""
-    with pytest.raises(UserError, match="unpack tiny-imagenet-200.zip"):
-        imagesets.load("tinyimagenet", tmp_path)
-    root = tmp_path / "tiny-imagenet-200"
-    for name in ("n1", "n2"):
-        write_images(root / "train" / name / "images", [(64, 64)] * 2, suffix="JPEG")
-    write_images(root / "val" / "images", [(64, 64)], suffix="JPEG")
-    write_images(root / "test" / "images", [(64, 64)], suffix="JPEG")
-    with pytest.raises(UserError, match="preprocess_tinyimagenet"):
-        imagesets.load("tinyimagenet", tmp_path)
-    for name in ("n1", "n2"):
-        write_images(root / "val_sorted" / name, [(64, 64)], suffix="JPEG")
-    data = imagesets.load("tinyimagenet", tmp_path)
-    assert (data.classes, data.info["images"], data.test.total, data.size) == (["n1", "n2"], 4, 2, 64)
 
 
 READERS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 KEYS = {"cifar10": ("labels", "label_names"), "cifar100": ("fine_labels", "fine_label_names")}
 
 
-def write_cifar(root, name, as_bytes=False, count=2, classes=None):
-    """Write CIFAR's files with `count` random images each; return the pixels and labels of {split: ...}."""
-    reader, draw, classes = READERS[name], np.random.RandomState(0), classes or int(name[5:])
+def write_cifar(root, name, as_bytes=False):
+    """Write CIFAR's files with two random images each; return the pixels and labels of {split: ...}."""
+    reader, draw, classes = READERS[name], np.random.RandomState(0), int(name[5:])
     folder, written = root / reader.base_folder, {}
     folder.mkdir(parents=True)
     convert = (lambda text: text.encode()) if as_bytes else str
     for split, files in (("train", reader.train_list), ("test", reader.test_list)):
-        parts = [
-            (draw.randint(0, 256, (count, 3072), np.uint8), draw.randint(0, classes, count).tolist()) for _ in files
-        ]
+        parts = [(draw.randint(0, 256, (2, 3072), np.uint8), draw.randint(0, classes, 2).tolist()) for _ in files]
         for (file, _), (pixels, labels) in zip(files, parts, strict=True):
             content = {convert("data"): pixels, convert(KEYS[name][0]): labels}
             (folder / file).write_bytes(pickle.dumps(content, protocol=2 + 2 * as_bytes))
@@ -277,13 +207,10 @@ def write_cifar(root, name, as_bytes=False, count=2, classes=None):
     return written
 
 
-@pytest.mark.parametrize("as_bytes", [False, True])
-@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize(("published", "as_bytes"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("name", READERS)
 def test_cifar_as_published_and_with_other_contents(name, published, as_bytes, tmp_path, monkeypatch, capsys):
     """Torchvision reads the former; the latter is read here, also with bytes as keys, with one warning."""
-    if published and as_bytes:
-        pytest.skip("not published so")
     written = write_cifar(tmp_path, name, as_bytes)
     if published:
         monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
@@ -294,24 +221,14 @@ def test_cifar_as_published_and_with_other_contents(name, published, as_bytes, t
     assert len(capsys.readouterr().err.splitlines()) == (not published)
 
 
-class Payload:
-    """Creates a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
+class Payload(str):
+    """The path of a folder that unpickling it would make."""
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, (str(self),)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"<!DOCTYPE html>", pickle.dumps([1]), pickle.dumps({"data": np.zeros((1, 3072), np.uint8)}),
-     pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}),
-     pickle.dumps({"data": np.zeros((1, 3000), np.uint8), "labels": [0]}),
-     pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}),
-     pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0], "more": print})],
-)  # fmt: skip
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", pickle.dumps({"data": np.zeros((1, 3072), np.uint8)})])
 def test_a_damaged_cifar_file_is_named(content, tmp_path):
     write_cifar(tmp_path, "cifar10")
     path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
@@ -319,12 +236,9 @@ def test_a_damaged_cifar_file_is_named(content, tmp_path):
     with pytest.raises(UserError) as error:
         imagesets.load("cifar10", tmp_path)
     assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
-    path.unlink()
-    with pytest.raises(UserError):
-        imagesets.load("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 5])
 def test_no_code_of_a_pickle_is_executed(protocol, tmp_path):
     write_cifar(tmp_path, "cifar100")
     content = {"data": Payload(tmp_path / "executed"), "fine_labels": []}
@@ -348,15 +262,21 @@ def test_a_missing_archive_is_downloaded_or_one_line_says_where_to_unpack_it(nam
     assert asked[0] in str(error.value) and str(folder) in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_stl10(tmp_path, monkeypatch):
-    folder, draw, written = tmp_path / "stl10_binary", np.random.RandomState(0), {}
-    folder.mkdir()
+def write_stl10(root):
+    """Write 20 images of each split as STL-10's files; return the pixels and labels of {split: ...}."""
+    folder, draw, written = root / "stl10_binary", np.random.RandomState(0), {}
+    folder.mkdir(parents=True)
     (folder / "class_names.txt").write_text("".join(f"class{i}\n" for i in range(10)))
     for split in ("train", "test"):
-        images, labels = draw.randint(0, 256, (20, 3, 96, 96), np.uint8), draw.randint(0, 10, 20)
+        images, labels = draw.randint(0, 256, (20, 3, 96, 96), np.uint8), np.arange(20) % 10
         images.transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")  # stored column by column
         (labels + 1).astype(np.uint8).tofile(folder / f"{split}_y.bin")
         written[split] = torch.from_numpy(images), labels.tolist()
+    return written
+
+
+def test_stl10(tmp_path, monkeypatch):
+    written = write_stl10(tmp_path)
     with pytest.raises(UserError, match="damaged"):
         imagesets.load("stl10", tmp_path)
     monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda path, md5: os.path.isfile(path))

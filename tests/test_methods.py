@@ -271,28 +271,28 @@ def test_given_constants_reach_the_method():
     given |= {"ced_beta": 9, "ema": 0.8, "history": 11, "threshold": 0.4, "quantile": 0.3, "slope": 13}
     given |= {"ced_temperature": 6}
     assert constants("train_student_cifar", "--method", "dpcd", *words, "--ced-temperature", 6) == given
-    words = ("--ce-weight", 2, "--kd-weight", 7, "--kd_T", 5, "--standardize")
-    expected = {"temperature": 5, "ce_weight": 2, "kd_weight": 7, "standardize": True}
-    assert constants("train_student_cifar", "--method", "kd", *words) == expected
-
-
-@pytest.mark.parametrize("method", ["hsakd", "kd", "dkd", "dpcd", "fitnet"])
-def test_constants_of_other_methods_are_refused(capsys, method):
-    command = ["--tarch", "resnet56_aux", "--tcheckpoint", "a", "--method", method]
-    flags = {c.flag: c for name in methods.names() for c in methods.find(name).constants().values()}
-    for flag in flags.keys() - {constant.flag for constant in methods.find(method).constants().values()}:
-        values = [] if flags[flag].kind is bool else ["1"] * (2 if flags[flag].pair else 1)
-        with pytest.raises(SystemExit) as stop:
-            train_student_cifar.parse_args([*command, flag, *values])
-        assert stop.value.code == 2 and flag in capsys.readouterr().err
+    assert constants("train_student_cifar", "--standardize")["standardize"] is True
 
 
 TERMS = {
     "hsakd": {"task", "aux_kl", "logit_kl"},
+    "hsakd_dist": {"task", "aux_kl", "logit_dist"},
     "kd": {"task", "logit_kl"},
     "dkd": {"task", "teacher_path"},
+    "dist": {"task", "logit_dist"},
+    "wttm": {"task", "logit_kl"},
     "dpcd": {"task", "aux", "teacher_path", "self_path"},
     "fitnet": {"task", "features"},
+    "crd": {"task", "features"},
+    "reviewkd": {"task", "features"},
+}
+FLAGS = {"kd": ("--standardize",), "crd": ("--negatives", 32), "reviewkd": ("--loss-warmup", 1)}
+# The state of a method that a checkpoint holds, or a part of it.
+HELD = {
+    "dpcd": {"c_bar", "history", "count"},
+    "fitnet": {"trained.regressor.weight", "trained.regressor.bias"},
+    "crd": {"student", "teacher", "labels", "trained.student.weight"},
+    "reviewkd": {"trained.fusions.0.narrow.0.weight"},
 }
 
 
@@ -303,6 +303,7 @@ def test_every_method_trains_is_saved_and_resumes(tmp_path, method):
     teacher = save_teacher(tmp_path / "teacher.pth.tar")
     arch = "resnet8_aux" if methods.find(method).networks == "auxiliary" else "resnet8"
     command = ("--arch", arch, "--tarch", "resnet8_aux", "--tcheckpoint", teacher, "--method", method, *QUICK)
+    command += FLAGS.get(method, ())
     for root, *flags in (("a", "--epochs", 2), ("b", "--epochs", 1), ("b", "--epochs", 2, "--resume")):
         run("train_student_cifar", *command, *flags, "--checkpoint-dir", tmp_path / root)
     folders = [tmp_path / root / f"train_student_cifar_tarch_resnet8_aux_arch_{arch}_{SEED}" for root in "ab"]
@@ -312,9 +313,9 @@ def test_every_method_trains_is_saved_and_resumes(tmp_path, method):
     first, second = (utils.Checkpoint(folder / f"{arch}.pth.tar") for folder in folders)
     assert_equal(second.state, first.state)
     assert_equal(second.content["objective"], first.content["objective"])
-    assert first.content["method"] == method and first.rotations == {"hsakd": 4, "dpcd": 1}.get(method)
-    held = {"dpcd": {"c_bar", "history", "count"}, "fitnet": {"trained.regressor.weight", "trained.regressor.bias"}}
-    assert first.content["objective"].keys() == held.get(method, set())
+    assert first.content["method"] == method
+    held = first.content["objective"].keys()
+    assert held >= HELD[method] if method in HELD else not held
 
 
 OWN = """
@@ -364,11 +365,3 @@ def test_a_teacher_has_the_heads_that_the_method_reads(tmp_path, method):
     teacher = methods.load_teacher(parsed("train_student_cifar", *words), weights, 10, 32)
     assert hasattr(teacher, "auxiliary_classifier") == (method == "hsakd")
     assert_equal(teacher.state_dict(), weights.state)
-
-
-def test_one_view_teacher_serves_dpcd_and_not_hsakd(tmp_path):
-    """Its heads have as many outputs as there are classes."""
-    weights = save_teacher(tmp_path / "t.pth", rotations=1)
-    command = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", weights, *QUICK_RUN)
-    command += ("--checkpoint-dir", tmp_path, "--method")
-    assert [status("train_student_cifar", *command, method) for method in ("dpcd", "hsakd")] == [0, 2]

@@ -1,13 +1,11 @@
 """Networks against the contract: layouts, forward values, names, frozen backbones, image sizes and initialisation."""
 
-import functools
 import math
 import re
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from contract import classes, filled_network, forward_values, layouts
 from torch import nn
 
@@ -56,22 +54,13 @@ def random_network(name, num_classes=10, rotations=4):
 
 @pytest.mark.parametrize("name", layouts())
 def test_layout_is_the_contracts(name):
+    """MobileNetV2 with another stride has the same; one rotation changes the width of the auxiliary heads alone."""
     assert name in models.names()
-    assert shapes_of(name, classes(name)) == layouts()[name]
-
-
-@pytest.mark.parametrize("name", ["mobilenetV2", "mobilenetV2_aux"])
-def test_mobilenet_with_stem_stride_2_has_the_same_layout(name):
-    assert shapes_of(name.replace("V2", "V2_s2"), 100) == layouts()[name]
-
-
-@pytest.mark.parametrize("name", [name for name in layouts() if models.is_aux(name) or models.is_pair(name)])
-def test_one_rotation_changes_only_the_auxiliary_heads_width(name):
-    expected = {
-        key: [shape[0] // 4, *shape[1:]] if "auxiliary_classifier.fc" in key else shape
-        for key, shape in layouts()[name].items()
-    }
-    assert shapes_of(name, classes(name), rotations=1) == expected
+    for twin in {name, name.replace("mobilenetV2", "mobilenetV2_s2")}:
+        assert shapes_of(twin, classes(name)) == layouts()[name]
+    narrow = {key: shape for key, shape in layouts()[name].items() if "auxiliary_classifier.fc" in key}
+    narrow = {key: [shape[0] // 4, *shape[1:]] for key, shape in narrow.items()}
+    assert shapes_of(name, classes(name), rotations=1) == layouts()[name] | narrow
 
 
 FORWARD_CASES = [
@@ -98,18 +87,9 @@ def test_forward_values_are_the_contracts(rotations, name):
         assert error < 1e-3, f"{key}: relative error {error:.1e}"
 
 
-def test_names_are_unique_and_all_can_be_created():
-    assert len(set(models.names())) == len(models.names())
-    assert {"mobilenetV2_s2", "mobilenetV2_s2_aux", "resnet8_aux", "resnet14_aux"} <= set(models.names())
-    for name in set(models.names()) - set(layouts()):
-        assert shapes_of(name, 10)
-
-
-def test_every_network_within_knows_its_name():
-    within = {"": "mbv2_mbv2", "net1": "mobilenetV2_aux", "net2": "mobilenetV2_aux", "net2.backbone": "mobilenetV2"}
-    with torch.device("meta"):
-        network = models.create("mbv2_mbv2", 10)
-    assert {part: network.get_submodule(part).arch for part in within} == within
+def test_all_names_can_be_created():
+    assert {"mobilenetV2_s2", "mobilenetV2_s2_aux", "resnet8_aux", "resnet14_aux", "vgg8"} <= set(models.names())
+    assert all(shapes_of(name, 10) for name in set(models.names()) - set(layouts()))
 
 
 @pytest.mark.parametrize(
@@ -118,29 +98,21 @@ def test_every_network_within_knows_its_name():
         ("wrn_16_3_aux", "wrn_16_2_aux"),
         ("shufflev2_aux", "ShuffleV2_aux"),
         ("resnet56_resnet20", "resnet56_resnet56"),
-        ("", "wrn"),
-        ("wrn_40_2_aux_aux", "wrn_40_2_aux"),
     ],
 )
 def test_unknown_name_lists_the_nearest_ones_on_one_line(name, nearest):
-    create = functools.partial(models.create, num_classes=10)
-    for function in (create, models.backbone_name, models.is_imagenet):
-        with pytest.raises(ValueError, match=f"unknown architecture .* nearest: .*{nearest}") as error:
-            function(name)
-        assert "\n" not in str(error.value)
-    assert not models.is_aux(name) and not models.is_pair(name)
+    with pytest.raises(ValueError, match=f"unknown architecture .* nearest: .*{nearest}") as error:
+        models.create(name, 10)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("pair", "member"),
     [
         ("mbv2_mbv2", "mobilenetV2_aux"),
-        ("WRN_16_2_WRN_16_2", "wrn_16_2_aux"),
         ("vgg13_vgg13", "vgg13_bn_aux"),
-        ("shufflev1_shufflev1", "ShuffleV1_aux"),
         ("resnet18_resnet18", "resnet18_imagenet_aux"),
         ("resnet20_aux_resnet20_aux", "resnet20_aux"),
-        ("mobilenetV2_s2_mobilenetV2_s2", "mobilenetV2_s2_aux"),
     ],
 )
 def test_pairs_hold_two_networks_of_the_member_architecture(pair, member):
@@ -158,37 +130,25 @@ def test_members_of_a_pair_start_from_different_weights():
     assert not torch.equal(pair.net1.backbone.conv1.weight, pair.net2.backbone.conv1.weight)
 
 
-def test_imagenet_family():
-    assert all(map(models.is_imagenet, ["resnet18_resnet18", "resnet50_imagenet_aux"]))
-    assert not any(map(models.is_imagenet, ["ResNet50_aux", "resnet20"]))
-
-
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
-def test_frozen_backbone_stands_still(name):
+def test_every_parameter_gets_a_gradient_until_the_backbone_is_frozen(name):
     network = random_network(f"{name}_aux")
-    assert not network.frozen
+    logits, aux_logits = network(torch.randn(2, 3, 32, 32))
+    (logits.sum() + sum(aux.sum() for aux in aux_logits)).backward()
+    assert not network.frozen and all(parameter.grad is not None for parameter in network.parameters())
+    network.zero_grad()
     network.freeze_backbone()
     assert network.train().frozen and network.auxiliary_classifier.training
     assert not any(module.training for module in network.backbone.modules())
-    before = {key: value.clone() for key, value in network.backbone.state_dict().items()}
-    moving = {key: value.clone() for key, value in network.auxiliary_classifier.named_buffers() if "mean" in key}
-
+    before = {key: value.clone() for key, value in network.state_dict().items()}
     logits, aux_logits = network(torch.randn(2, 3, 32, 32))
     assert not logits.requires_grad
     sum(aux.sum() for aux in aux_logits).backward()
     assert all(parameter.grad is None for parameter in network.backbone.parameters())
     assert all(parameter.grad is not None for parameter in network.auxiliary_classifier.parameters())
-    assert all(torch.equal(before[key], value) for key, value in network.backbone.state_dict().items())
-    buffers = dict(network.auxiliary_classifier.named_buffers())
-    assert all(not torch.equal(value, buffers[key]) for key, value in moving.items())
-
-
-@pytest.mark.parametrize("name", ONE_PER_FAMILY)
-def test_every_parameter_gets_a_gradient(name):
-    network = random_network(f"{name}_aux")
-    logits, aux_logits = network(torch.randn(2, 3, 32, 32))
-    (logits.sum() + sum(aux.sum() for aux in aux_logits)).backward()
-    assert all(parameter.grad is not None for parameter in network.parameters())
+    moved = {key for key, value in network.state_dict().items() if not torch.equal(before[key], value)}
+    means = {key for key in before if key.startswith("auxiliary_classifier.") and "running_mean" in key}
+    assert means <= moved and not any(key.startswith("backbone.") for key in moved)
 
 
 @pytest.mark.parametrize("name", [*ONE_PER_CIFAR_FAMILY, pytest.param("ResNet50", marks=pytest.mark.slow)])
@@ -233,19 +193,6 @@ def test_networks_are_one_graph_for_the_compiler(name):
     images = torch.randn(2, 3, 32, 32)
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images), network(images))
-
-
-@pytest.mark.parametrize("depth", [18, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 50))])
-def test_imagenet_resnets_are_torchvisions(depth):
-    torch.manual_seed(0)
-    reference = getattr(torchvision.models, f"resnet{depth}")(weights=None, num_classes=20)
-    network = models.create(f"resnet{depth}_imagenet", 20)
-    network.load_state_dict(reference.state_dict())
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        for training in (True, False):
-            expected = reference.train(training)(images)
-            torch.testing.assert_close(network.train(training)(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def convs_follow_fan_out(module):

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -75,53 +73,34 @@ def test_seeds_are_one_row_with_hand_computed_mean_and_std(tmp_path):
     ]
 
 
-def test_unfinished_runs_alone_are_averaged(tmp_path):
-    """One value has no std; a run without an epoch counts as a seed only."""
-    write_run(tmp_path, "a", [50.0, 40.0])
-    write_run(tmp_path, "b", [], manual_seed=1)
-    (row,) = rows_of(tmp_path)
-    assert [row[name] for name in report.COLUMNS[5:9]] == ["0-2/240", "(0) (1)", "40.00", "50.00"]
-
-
 def script(name, **settings):
     """Return the settings of a run without a teacher."""
     return {"script": name, "tarch": None, "method": None, "tcheckpoint": None, **settings}
 
 
 FEW = {"script": "train_student_few_shot", "tarch": "resnet56_aux", "arch": "resnet20_aux"}
-STUDENT_IMAGENET = {
-    "script": "train_student_imagenet",
-    "tarch": "resnet34_imagenet_aux",
-    "arch": "resnet18_imagenet_aux",
-    "dataset": "imagenet",
-}
+STUDENT_IMAGENET = {"script": "train_student_imagenet", "tarch": "resnet34_imagenet_aux", "dataset": "imagenet"}
+STUDENT_IMAGENET["arch"] = "resnet18_imagenet_aux"
 PROBED = "c/train_student_cifar_tarch_vgg13_bn_aux_arch_mobilenetV2_aux_dataset_cifar100_seed0/a.pth.tar"
 BASELINE = "c/train_baseline_cifar_arch_mobilenetV2_dataset_cifar100_seed0/a.pth.tar"
 PUBLISHED = [
     ({"tcheckpoint": FROZEN}, "77.20±0.17"),
-    ({"arch": "ShuffleV1_aux", "tcheckpoint": FROZEN}, "78.51±0.20"),
     ({"method": "kd", "tarch": "wrn_40_2", "tcheckpoint": "zoo/a.pth"}, "75.23±0.23"),
     ({"method": "kd", "tcheckpoint": JOINT}, "75.23±0.23 (plain teacher)"),
     ({"method": "dpcd", "tcheckpoint": ONE_VIEW}, "77.30"),
-    ({"method": "dpcd", "tarch": "vgg13_bn_aux", "arch": "vgg8_bn_aux", "tcheckpoint": ONE_VIEW}, "75.83"),
     ({"method": "dpcd", "tarch": "vgg13_bn_aux", "arch": "mobilenetV2_s2_aux", "tcheckpoint": ONE_VIEW}, "70.87"),
     ({"method": "dkd"}, ""),
     ({"dataset": "cifar10"}, ""),
-    ({"arch": "vgg8_bn_aux"}, ""),
     ({**FEW, "few_ratio": 0.5}, "72.18"),
     ({**FEW, "few_ratio": 0.3}, ""),
     ({**STUDENT_IMAGENET, "tcheckpoint": FROZEN}, "72.16"),
     ({**STUDENT_IMAGENET, "method": "dpcd"}, "71.89"),
     (script("train_teacher_cifar", arch="vgg13_bn_aux", freezed=True), "74.64"),
     (script("train_teacher_cifar", arch="vgg13_bn_aux", freezed=False), "78.48"),
-    (script("train_teacher_cifar", arch="ResNet50_aux", freezed=True), "79.34"),
     (script("train_teacher_cifar", arch="vgg13_bn_aux", rotations=1), ""),
     (script("train_teacher_imagenet", arch="resnet34_imagenet_aux", dataset="imagenet"), "75.48"),
     (script("train_baseline_cifar", arch="resnet20", few_ratio=0.25), ""),
     (script("train_baseline_cifar", arch="mobilenetV2"), "73.51±0.26"),
-    (script("train_baseline_cifar", arch="resnet56"), "73.00"),
-    (script("train_baseline_cifar", arch="vgg8_bn"), "70.36"),
-    (script("train_online_kd_cifar", arch="WRN_40_2_WRN_40_2"), "82.58"),
     (script("train_online_kd_cifar", arch="mbv2_mbv2"), "78.85"),
     (script("train_online_kd_imagenet", arch="resnet18_resnet18", dataset="imagenet"), "71.49"),
     (script("eval_rep", arch="mobilenetV2", dataset="stl10", s_path=PROBED), "74.66"),
@@ -202,9 +181,3 @@ def test_paths_without_runs(tmp_path):
     for path in (tmp_path / "empty", tmp_path / "absent", folder / "log.jsonl"):
         with pytest.raises(UserError):
             report.main(report.parse_args([str(path)]))
-
-
-@pytest.mark.slow
-def test_users_errors_are_one_line(tmp_path):
-    done = subprocess.run([sys.executable, report.__file__, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1

@@ -41,15 +41,11 @@ def parse(words):
         pytest.fail(f"{' '.join(words)}: rejected")
 
 
-def run_files(folder, *flags, **environment):
-    """Return {.sh file: parsed arguments of its lines} of the files called with `flags`."""
-    return {name: run_bash(folder, ROOT / name, *flags, **environment) for name in FILES}
-
-
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """Return `run_files` of the files called without flags."""
-    return run_files(tmp_path_factory.mktemp("bin"))
+    """Return {.sh file: parsed arguments of its lines} of the files called without flags."""
+    folder = tmp_path_factory.mktemp("bin")
+    return {name: run_bash(folder, ROOT / name) for name in FILES}
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +60,11 @@ def written(commands):
 
 
 def test_flags_and_environment_reach_every_line(commands, tmp_path):
-    found = run_files(tmp_path, "--amp", "bf16", DATA="elsewhere", WEIGHTS="")
-    for name, lines in found.items():
+    for name in FILES:
+        lines = run_bash(tmp_path, ROOT / name, "--amp", "bf16", DATA="elsewhere", WEIGHTS="")
         assert len(lines) == len(commands[name])
         assert all(args.amp == "bf16" and args.data.startswith("elsewhere") for args in lines)
-    assert not any("_best" in args.student_weights for args in found["test_model.sh"])
+        assert not any("_best" in args.student_weights for args in lines if args.script == "test_model")
 
 
 def test_weights_read_are_weights_written(commands, written):
@@ -98,14 +94,6 @@ def test_teachers_fit_the_methods(commands, written):
     assert [args.method for args in imagenet] == ["hsakd", "hsakd", "dpcd"]
     assert [written[Path(args.tcheckpoint)].freezed for args in imagenet] == [True, False, False]
     assert all(args.tcheckpoint.endswith("_best.pth.tar") for args in imagenet)
-
-
-def test_learning_rates_are_the_recipes(commands):
-    """0.01 for the light networks, 0.05 for the others, 0.1 for linear classifiers and ImageNet."""
-    for args in (args for lines in commands.values() for args in lines if hasattr(args, "init_lr")):
-        light = any(part in args.arch.lower() for part in ("mobilenet", "mbv2", "shuffle"))
-        usual = 0.1 if args.script == "eval_rep" or args.dataset == "imagenet" else 0.01 if light else 0.05
-        assert args.init_lr == usual, args.arch
 
 
 def test_every_published_row_has_a_line(commands):

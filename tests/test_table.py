@@ -21,10 +21,8 @@ SMALL = ["--epochs", "1", "--milestones", "1", "--limit-batches", "2", "--batch-
 def table(folder, *words, **settings):
     """Run the driver with its files in `folder`; return the lines that it prints."""
     known = {"CHECKPOINTS": folder, "DATA": folder, "RESULTS": folder / "table.jsonl", "TEACHER": folder / "t.pth"}
-    known = {name: str(value) for name, value in {**known, **settings}.items()}
-    done = subprocess.run(
-        ["bash", ROOT / "scripts" / "table.sh", *words], capture_output=True, text=True, env={**os.environ, **known}
-    )
+    known = {**os.environ, **{name: str(value) for name, value in {**known, **settings}.items()}}
+    done = subprocess.run(["bash", ROOT / "scripts/table.sh", *words], capture_output=True, text=True, env=known)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
@@ -66,11 +64,3 @@ def test_a_run_is_collected_and_then_left_out(tmp_path):
     (run,) = report.find_runs([tmp_path / "table.jsonl"])
     assert run.finished and run.epochs[-1]["test/top1"] >= 0
     assert commands(tmp_path, ROWS="hsakd kd", SEEDS="1").keys() == {("kd", 1)}
-
-
-def test_an_unfinished_run_is_not_collected(tmp_path):
-    (tmp_path / "args.json").write_text(json.dumps({"epochs": 2, "manual_seed": 0}))
-    (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n')
-    words = [sys.executable, "-m", "tools.collect", "kd", tmp_path, "--into", tmp_path / "table.jsonl"]
-    assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 2
-    assert not (tmp_path / "table.jsonl").exists()

@@ -17,12 +17,11 @@ import pytest
 import torch
 from test_distributed import spawn
 from test_own_images import write_images
-from test_runs import assert_same_run, checkpoint, stopped
 
 import imagesets
 import methods
 import models
-from scripts import WORLD, run, save_teacher, status
+from scripts import WORLD, assert_same_run, checkpoint, run, save_teacher, status, stopped
 from training import Trainer, teacher_cache
 from utils import World
 

@@ -1,13 +1,15 @@
 """eval_rep.py: a linear classifier on frozen features, and its data sets."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_imagesets import write_stl10
+from test_models import ONE_PER_CIFAR_FAMILY
 
 import eval_rep
 import models
@@ -16,10 +18,9 @@ from scripts import log_lines, run, status
 
 PREPROCESS = Path(__file__).resolve().parent.parent / "data" / "preprocess_tinyimagenet.py"
 QUICK = ("--batch-size", "4", "--epochs", "1", "--amp", "off", "--num-workers", "1")
-CIFAR = [name for name in models.names() if models.backbone_name(name) == name and not models.is_imagenet(name)]
 
 
-@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize("name", ONE_PER_CIFAR_FAMILY)
 def test_only_the_new_head_of_every_backbone_trains(name):
     """The encoder has no gradient, no training mode and no part of its old classifier in the result."""
     backbone = models.create(name, 5)
@@ -36,15 +37,10 @@ def test_only_the_new_head_of_every_backbone_trains(name):
 
 @pytest.fixture
 def stl10(tmp_path, monkeypatch):
-    """Write 20 images as the binary files of STL-10's archive, classes counted from 1; return their folder."""
+    """Write images in STL-10's files; return their folder."""
     monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda *_: True)
-    folder = tmp_path / "data" / "stl10_binary"
-    folder.mkdir(parents=True)
-    (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)) + "\n")
-    for split in ("train", "test"):
-        np.random.default_rng(0).integers(0, 256, (20, 3, 96, 96), np.uint8).tofile(folder / f"{split}_X.bin")
-        (np.arange(20) % 10 + 1).astype(np.uint8).tofile(folder / f"{split}_y.bin")
-    return f"{folder.parent}/"
+    write_stl10(tmp_path / "data")
+    return f"{tmp_path}/data/"
 
 
 def save(path, network):
@@ -58,7 +54,6 @@ SOURCES = {
     "baseline": ("resnet8", 100, 4, "", ()),
     "teacher": ("resnet8_aux", 10, 4, "backbone.", ()),
     "dpcd student": ("resnet8_aux", 100, 1, "backbone.", ()),
-    "first of a pair": ("resnet8_resnet8", 100, 4, "net1.backbone.", ()),
     "second of a pair": ("resnet8_resnet8", 100, 4, "net2.backbone.", ("--net", "2")),
 }
 
@@ -79,16 +74,6 @@ def test_backbone_stays_as_it_is(tmp_path, stl10, source):
     assert found["head.weight"].shape == (10, 64) and log_lines(folder)[0]["test/top1"] % 5 == 0  # of 20 images
 
 
-def test_resumed_classifier_is_the_uninterrupted_one(tmp_path, stl10):
-    path = save(tmp_path / "a.pth.tar", models.create("resnet8", 10))
-    command = ("--arch", "resnet8", "--dataset", "STL-10", "--data", stl10, "--s-path", path, *QUICK)
-    for folder, *flags in (("a", "--epochs", 2), ("b",), ("b", "--epochs", 2, "--resume")):
-        run("eval_rep", *command, *flags, "--checkpoint-dir", tmp_path / folder)
-    name = "eval_rep_arch_resnet8_dataset_stl10_seed0/resnet8.pth.tar"
-    straight, resumed = (utils.Checkpoint(tmp_path / folder / name).state for folder in "ab")
-    assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
-
-
 @pytest.fixture
 def tiny_imagenet(tmp_path):
     """Write a TinyImageNet of two classes, dark and bright, in the original layout; return its folder."""
@@ -106,13 +91,26 @@ def tiny_imagenet(tmp_path):
     return root
 
 
+@pytest.mark.parametrize("missing", ["val/val_annotations.txt", "val/images/val_4.JPEG", "."])
+def test_an_unusable_tiny_imagenet_is_one_line(tiny_imagenet, missing):
+    """Not TinyImageNet, an annotated image missing, no folder at all."""
+    path = tiny_imagenet / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = subprocess.run([sys.executable, PREPROCESS, tiny_imagenet], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert not (tiny_imagenet / "val_sorted").exists()
+
+
 def test_tiny_imagenet_from_the_archive_to_a_classifier(tmp_path, tiny_imagenet, capsys):
-    """One line names the preprocessing script; after it, classes that differ in brightness are told apart."""
+    """One line names the preprocessing script, which links the images; then classes of two shades are told apart."""
     path = save(tmp_path / "a.pth.tar", models.create("resnet8_aux", 100))
     data = ("--dataset", "TinyImageNet", "--data", f"{tiny_imagenet}/", "--s-path", path)
     command = ("--arch", "resnet8", *data, *QUICK, "--epochs", 8, "--checkpoint-dir", tmp_path)
     assert status("eval_rep", *command) == 2
     assert "preprocess_tinyimagenet.py" in capsys.readouterr().err.splitlines()[-1]
-    subprocess.run([sys.executable, PREPROCESS, tiny_imagenet], check=True, capture_output=True)
+    shutil.copy(PREPROCESS, tmp_path)  # the published command names no folder: it lies beside the script
+    for _ in range(2):
+        subprocess.run([sys.executable, PREPROCESS.name], cwd=tmp_path, check=True, capture_output=True)
+    assert (tiny_imagenet / "val_sorted/n01/val_0.JPEG").samefile(tiny_imagenet / "val/images/val_0.JPEG")
     run("eval_rep", *command)
     assert log_lines(tmp_path / "eval_rep_arch_resnet8_dataset_tinyimagenet_seed0")[-1]["test/top1"] == 100

@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import errno
 import math
 import os
 import pathlib
@@ -13,8 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torchvision
-from contract import classes, filled_network, forward_values, layouts
+from contract import classes, layouts
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,7 +22,7 @@ import utils
 from utils import Checkpoint, UserError
 
 ONE_PER_FAMILY = ["resnet20_aux", "wrn_16_2_aux", "vgg8_bn_aux", "mobilenetV2_aux", "ShuffleV1_aux", "ShuffleV2_aux"]
-ONE_PER_FAMILY += ["resnet18_imagenet_aux", "ResNet50_aux", "WRN_16_2_WRN_16_2"]
+ONE_PER_FAMILY += ["resnet18_imagenet_aux", "WRN_16_2_WRN_16_2"]
 
 
 def numbered(shapes):
@@ -112,22 +110,9 @@ def test_published_weights_load_strictly(name, path):
         assert_same(backbone.state_dict(), part("backbone.", state))
 
 
-def test_published_weights_compute_the_published_outputs(path):
-    torch.save({"net": filled_network("resnet20_aux").state_dict()}, path)
-    backbone = empty_network("resnet20")
-    utils.load_weights(backbone, path)
-    images = torch.from_numpy(np.random.RandomState(0).standard_normal((4, 3, 32, 32)).astype(np.float32))
-    with torch.no_grad():
-        logits = backbone.eval()(images)
-    expected = torch.from_numpy(forward_values()["rotations4/resnet20_aux/eval/logits"])
-    torch.testing.assert_close(logits[:, ::7], expected, rtol=1e-3, atol=1e-3)
-
-
 WRAPPINGS = {
     "net": lambda state: {"net": state, "acc": np.float64(76.5), "epoch": 239, "optimizer": {"state": {}}},
-    "numpy": lambda state: {"net": state, "acc": np.float32(76.5), "epoch": np.array([239], np.int64)},
     "state_dict": lambda state: {"state_dict": state, "acc": torch.tensor(76.5)},
-    "defaults": lambda state: {"net": state, "seen": collections.defaultdict(list, {1: [1]})},
     "model": lambda state: {"model": state, "best_acc": 74.2, "opt": argparse.Namespace(lr=0.1, dir=pathlib.Path("a"))},
     "model_state_dict": lambda state: {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {"state": {}}},
     "nested": lambda state: {"epoch": 3, "trainer": {"weights": state}},
@@ -135,7 +120,6 @@ WRAPPINGS = {
     "wrapped": lambda state: collections.OrderedDict(prefixed("module._orig_mod.", state)),
     "lightning": lambda state: {"state_dict": prefixed("model.", state), "pytorch-lightning_version": "2.4.0"},
     "no counts": lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
-    "float64": lambda state: {"net": {k: v.double() for k, v in state.items()}},
 }
 
 
@@ -146,11 +130,8 @@ def test_layouts(wrap, legacy, path):
     torch.save(wrap(saved), path, _use_new_zipfile_serialization=not legacy)
     assert_same(loaded(path, "resnet8_aux"), saved)
     assert Checkpoint(path).recorded.get("recorded_acc", 76.5) == 76.5 and Checkpoint(path).widths == (10, 4)
-
-
-def test_safetensors(path):
-    save_file(small(1).state_dict(), path)
-    assert_same(loaded(path, "resnet8_aux"), small(1).state_dict())
+    save_file(saved, path)  # as safetensors
+    assert_same(loaded(path, "resnet8_aux"), saved)
 
 
 @pytest.mark.parametrize(("key", "ema_key"), [("state_dict", "state_dict_ema"), ("model", "model_ema")])
@@ -171,9 +152,7 @@ def test_a_file_of_student_and_teacher(nested, path):
     torch.save({"student": student, "teacher": teacher} if nested else {"state_dict": one, "epoch": 1}, path)
     assert_same(loaded(path, key="student"), student)
     assert_same(loaded(path, "resnet14", "teacher"), teacher)
-    for key in (None, "other"):
-        with pytest.raises(UserError):
-            loaded(path, key=key)
+    refused(path)
 
 
 def test_counters_are_left_out(path, capsys):
@@ -206,16 +185,6 @@ def test_networks_of_a_pair(tmp_path):
         assert_same(loaded(tmp_path / f"{name}.pth", "resnet8_aux", net=number), network)
         assert_same(loaded(tmp_path / f"{name}.pth", net=number), part("backbone.", network))
     assert_same(loaded(tmp_path / "pair.pth", "resnet8_resnet8"), state)
-
-
-def test_torchvisions_resnet34_becomes_a_backbone(path):
-    with torch.device("meta"):
-        published = torchvision.models.resnet34().state_dict()
-    state = numbered({k: v.shape for k, v in published.items() if not k.endswith("num_batches_tracked")})
-    torch.save(state, path)
-    backbone = empty_network("resnet34_imagenet", 1000)
-    utils.load_weights(backbone, path)
-    assert_same(backbone.state_dict(), state)
 
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
@@ -299,9 +268,9 @@ def test_damaged_files_end_in_one_line(legacy, path):
     content = {"net": {"fc.weight": torch.zeros(9, 9)}, "acc": np.float64(1)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     whole, draw, network = path.read_bytes(), random.Random(0), small()
-    for number in range(150):
+    for number in range(100):
         content = bytearray(whole[: draw.randrange(len(whole))] if number < 50 else whole)
-        for _ in range(number // 50 * min(len(content), 4)):
+        for _ in range(4 * (number >= 50)):
             content[draw.randrange(len(content))] = draw.randrange(256)
         path.write_bytes(content)
         refused(path, network)  # an unharmed one does not fit the network either
@@ -324,13 +293,10 @@ def test_nothing_in_a_file_is_executed(form, path):
     assert not path.with_name("executed").exists()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("unexpected pos 64 vs 0")])
-def test_a_file_is_replaced_whole_or_not_at_all(error, path):
-    """torch.save raises a RuntimeError on a full disk. A link stays one."""
-    link = path.with_name("link.pth")
-    link.symlink_to(path)
-    utils.save_checkpoint({"epoch": 1}, link)
-    with mock.patch.object(torch, "save", side_effect=error), pytest.raises(UserError, match="cannot write .*a.pth"):
-        utils.save_checkpoint({"epoch": 2}, link)
-    assert torch.load(path, weights_only=True) == {"epoch": 1} and link.is_symlink()
-    assert {file.name for file in path.parent.iterdir()} == {"a.pth", "link.pth"}
+def test_a_file_is_replaced_whole_or_not_at_all(path):
+    """torch.save raises a RuntimeError on a full disk."""
+    utils.save_checkpoint({"epoch": 1}, path)
+    full = mock.patch.object(torch, "save", side_effect=RuntimeError("unexpected pos 64 vs 0"))
+    with full, pytest.raises(UserError, match="cannot write .*a.pth"):
+        utils.save_checkpoint({"epoch": 2}, path)
+    assert torch.load(path, weights_only=True) == {"epoch": 1} and [*path.parent.iterdir()] == [path]
