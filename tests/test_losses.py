@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from contract import filled_network, step_values
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import losses
@@ -198,10 +196,9 @@ def test_networks_that_do_not_fit(objective, model):
         objective(model, IMAGES, LABELS)
 
 
-@settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 10**6), exponent=st.floats(-3, 4))
-def test_losses_and_gradients_are_finite(seed, exponent):
-    for objective, model, _ in cases(seed, scale=10**exponent):
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
+def test_losses_and_gradients_are_finite(scale):
+    for objective, model, _ in cases(7, scale=scale):
         loss = sum(objective(model, IMAGES, LABELS, epoch=20).values())
         loss.backward()
         assert loss.isfinite() and loss >= 0
@@ -209,12 +206,10 @@ def test_losses_and_gradients_are_finite(seed, exponent):
 
 
 @pytest.mark.parametrize("function", [losses.kl, losses.tckd, losses.nckd, losses.ced])
-@settings(deadline=None, max_examples=25)
-@given(data=st.data())
-def test_one_hot_like_logits_stay_finite_both_ways(function, data):
-    values = st.lists(st.sampled_from([-1e4, -1.0, 0.0, 1e4]), min_size=CLASSES, max_size=CLASSES)
-    student, teacher = (torch.tensor([data.draw(values)], requires_grad=True) for _ in range(2))
-    extra = () if function is losses.kl else (torch.tensor([data.draw(st.integers(0, CLASSES - 1))]),)
+def test_one_hot_like_logits_stay_finite_both_ways(function):
+    draws = np.random.default_rng(0).choice([-1e4, -1.0, 0.0, 1e4], (2, 200, CLASSES))
+    student, teacher = (torch.tensor(logits, requires_grad=True) for logits in draws)
+    extra = () if function is losses.kl else (torch.arange(200) % CLASSES,)
     function(student, teacher, *extra, 3.0).backward()
     assert student.grad.isfinite().all() and teacher.grad.isfinite().all()
 
