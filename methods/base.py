@@ -41,11 +41,10 @@ class Outputs(NamedTuple):
     embedding: Tensor | None = None  # (rows, D): what the classifier sees
 
     def rows(self, rows: slice, images: int) -> "Outputs":
-        """Return the outputs of the images in `rows`, of all their views, of outputs for so many images."""
+        """Return the logits of the images in `rows`, of all their views, of outputs for so many images."""
         views = len(self.logits) // images
         rows = slice(rows.start * views, rows.stop * views)
-        lists = ([value[rows] for value in values] for values in (self.aux_logits, self.features))
-        return Outputs(self.logits[rows], *lists, None if self.embedding is None else self.embedding[rows])
+        return Outputs(self.logits[rows], [aux[rows] for aux in self.aux_logits])
 
 
 class Predictions(NamedTuple):

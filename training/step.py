@@ -2,8 +2,8 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from methods import Batch, Objective
 from training import speed
 from training.metrics import Totals, training_sums
-from training.optim import Factory
 from training.precision import autocast
 from utils import World
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
 
 
 class StepModule(nn.Module):
@@ -30,28 +32,18 @@ class StepModule(nn.Module):
 
 
 class TrainingStep:
-    """What trains a model by an objective: the optimizer, and the step that it takes on a batch.
+    """What trains a Trainer's model by its objective: the optimizer, and the step that it takes on a batch.
 
-    `accumulate` is the number of parts that a batch is computed in. The objective's teacher is replaced by a copy for
-    inference.
+    The objective's teacher is replaced by a copy for inference.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        factory: Factory,
-        precision: torch.dtype,
-        world: World,
-        layout: torch.memory_format = torch.channels_last,
-        accumulate: int = 1,
-        compiled: bool = False,
-        sync_bn: bool = False,
-    ):
-        self.precision, self.world, self.layout, self.accumulate = precision, world, layout, accumulate
-        module = StepModule(model, objective)
+    def __init__(self, trainer: "Trainer"):
+        objective, world, precision = trainer.objective, trainer.world, trainer.precision
+        self.precision, self.world, self.layout = precision, world, trainer.layout
+        self.accumulate, self.compiled = trainer.accumulate, trainer.compile
+        module = StepModule(trainer.model, objective)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = factory(trained)
+        self.optimizer = trainer.factory(trained)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16)
         if self.scaler.is_enabled() and isinstance(self.optimizer, torch.optim.SGD):
             # A fused first step that the scaler skips would leave momentum that nothing has written.
@@ -60,12 +52,12 @@ class TrainingStep:
         if world.device.type == "cpu":
             speed.keep_memory()
             if precision == torch.bfloat16:
-                speed.suit_cpu(model)
-        self.wrapped = module if world.size == 1 else distribute(module, world, sync_bn)
+                speed.suit_cpu(trainer.model)
+        self.wrapped = module if world.size == 1 else distribute(module, world, trainer.sync_bn)
         if isinstance(objective.teacher, nn.Module):
-            objective.teacher = speed.inference_copy(objective.teacher, precision, layout)
-        self.forward, self.compiled = self.forward_eager, compiled
-        if compiled:
+            objective.teacher = speed.inference_copy(objective.teacher, precision, self.layout)
+        self.forward = self.forward_eager
+        if self.compiled:
             # DistributedDataParallel's hooks split the step into several graphs; CUDA graphs of these would hold their
             # gradients at fixed addresses, which its buckets replace.
             graphs = world.device.type == "cuda" and world.size == 1
@@ -81,7 +73,7 @@ class TrainingStep:
     def __call__(self, batch: Batch, totals: Totals) -> None:
         """Take one optimizer step on a batch, and add its sums to `totals`."""
         count = len(batch.images)
-        chunks = list(self.parts(batch))
+        chunks = self.parts(batch)
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten from here on
         for number, part in enumerate(chunks, 1):
@@ -94,17 +86,13 @@ class TrainingStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def parts(self, batch: Batch) -> Iterator[Batch]:
-        """Yield the parts of a batch, on the device and in the layout of the networks."""
+    def parts(self, batch: Batch) -> list[Batch]:
+        """Return the parts of a batch, on the device and in the layout of the networks."""
         device = self.world.device
         images = batch.images.to(device, memory_format=self.layout, non_blocking=True)
         batch = batch._replace(images=images, labels=batch.labels.to(device, non_blocking=True))
-        parts = min(self.accumulate, len(images))
-        if parts == 1:
-            yield batch
-            return
-        for at in torch.arange(len(images)).chunk(parts):
-            yield batch.rows(slice(int(at[0]), int(at[-1]) + 1))
+        size = math.ceil(len(images) / self.accumulate)
+        return [batch.rows(slice(start, start + size)) for start in range(0, len(images), size)]
 
 
 def distribute(module: StepModule, world: World, sync_bn: bool) -> DistributedDataParallel:

@@ -80,6 +80,7 @@ class Trainer:
         self.arch = getattr(self.model, "arch", type(self.model).__name__)
         self.run = RunFolder(self.folder, self.arch, self.settings) if self.folder else None
         self.epoch, self.step_in_epoch, self.last_top1 = 0, 0, None
+        self.resumable = hasattr(self.train, "epoch")  # at any step of an epoch
         self.best = {"epoch": 0, "value": -1.0, "top1": None, "net": None}
         self.totals = Totals(self.world.device)
         teacher = self.objective.teacher
@@ -112,17 +113,7 @@ class Trainer:
             count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
             objective.prepare(self.model, next(iter(self.train))[0].to(device), count)
             objective.to(device)
-        self.step = TrainingStep(
-            self.model,
-            objective,
-            self.factory,
-            self.precision,
-            self.world,
-            layout=self.layout,
-            accumulate=self.accumulate,
-            compiled=self.compile,
-            sync_bn=self.sync_bn,
-        )
+        self.step = TrainingStep(self)
         self.ema = Average(self.model, self.step.optimizer, self.ema_decay) if self.ema_decay is not None else None
         torch.backends.cudnn.benchmark = True  # nearly every step has the same shapes
 
@@ -213,11 +204,6 @@ class Trainer:
                 )
             taught = self.cache.rows(index, item[3]) if self.cache else None
             yield Batch(item[0], item[1], epoch, index, taught)
-
-    @property
-    def resumable(self) -> bool:
-        """Whether an epoch can be entered at any step."""
-        return hasattr(self.train, "epoch")
 
     def save_if_due(self, epoch: int, stop: launch.StopSignal) -> None:
         """Save inside the epoch if a signal asks for it, then raise Preempted, or if the last save is long ago."""
