@@ -117,7 +117,10 @@ def read_file(path: str | os.PathLike) -> dict:
             from safetensors.torch import load_file
 
             return load_file(path)
-        check_start(path, start)
+        if start.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path}: a git-lfs pointer, not the weights: fetch them with `git lfs pull`")
+        if start.lstrip().startswith(b"<"):
+            raise UserError(f"{path}: a web page, not weights: download the file itself")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load does not compare the checksums
@@ -143,18 +146,6 @@ def hub_content(arch: str | None) -> dict:
         raise ValueError("a library's own weights do not name their network: give --arch")
     mean, std = models.normalisation(arch) or (None, None)
     return {"state_dict": models.hub_weights(arch), "info": {"mean": mean, "std": std}}
-
-
-def check_start(path: str | os.PathLike, start: bytes) -> None:
-    """Raise UserError unless a file that begins with `start` can be PyTorch's: a zip archive or, if old, a pickle."""
-    if not start:
-        raise UserError(f"{path}: an empty file")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a git-lfs pointer, not the weights: fetch them with `git lfs pull`")
-    if start.lstrip().startswith(b"<"):
-        raise UserError(f"{path}: a web page, not weights: download the file itself")
-    if not start.startswith((b"PK", b"\x80")):
-        raise UserError(f"{path}: not a PyTorch file (it begins with {str(start[:9])[1:]})")
 
 
 def refusal(error: pickle.UnpicklingError) -> str:

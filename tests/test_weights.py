@@ -246,8 +246,7 @@ def test_a_flipped_bit_is_found(path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "empty"),
-        (b"hello, I am a text file\n" * 9, "not a PyTorch file"),
+        (b"hello, I am a text file\n" * 9, "not a checkpoint"),
         (b"\n<!DOCTYPE html><html></html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
         (pickle.dumps({"net": {}}, 4), "not a checkpoint"),

@@ -55,11 +55,8 @@ class TeacherCache:
         return found is not None and found["views"] >= self.views and length_of(self.outputs) >= self.size
 
     def check_room(self) -> None:
-        """Make the store's folder; UserError if it cannot be made, or its disk is too small."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--teacher-cache {self.folder.parent}: {error.strerror}") from None
+        """Make the store's folder; UserError if its disk is too small."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         taken = self.outputs.stat().st_blocks * 512 if self.outputs.exists() else 0
         free = shutil.disk_usage(self.folder).free
         if self.size - taken > free:
