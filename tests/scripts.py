@@ -76,9 +76,9 @@ def stopped(script, *argv, after, by, times=1):
         return status(script, *argv)
 
 
-def save_teacher(path, name="resnet8_aux", num_classes=10, rotations=4):
+def save_teacher(path, name="resnet8_aux", num_classes=10, rotations=4, seed=1):
     """Write the weights of a freshly initialised network; return the path."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     torch.save({"net": models.create(name, num_classes, rotations).state_dict(), "acc": 0.0, "epoch": 1}, path)
     return path
 
