@@ -140,18 +140,11 @@ def test_another_optimizers_state_is_refused(tmp_path):
         trainer().load_state_dict(state)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"optimizer": "adam"},
-        {"optimizer": "adamw", "momentum": 0.9},
-        {"optimizer": torch.optim.Adagrad, "lr": 0.1},
-        {"schedule": lambda progress: 1.0, "milestones": (2,)},
-    ],
-)
-def test_settings_without_a_part_in_an_optimizer_or_schedule_are_refused(settings):
-    with pytest.raises(ValueError):
-        trainer(**settings)
+def test_settings_without_a_part_in_an_optimizer_or_schedule_are_refused():
+    without = [{"optimizer": "adamw", "momentum": 0.9}, {"optimizer": torch.optim.Adagrad, "lr": 0.1}]
+    for settings in [*without, {"optimizer": "adam"}, {"schedule": lambda progress: 1.0, "milestones": (2,)}]:
+        with pytest.raises(ValueError):
+            trainer(**settings)
 
 
 def test_rate_factor_by_hand():
@@ -194,19 +187,8 @@ def test_a_method_that_needs_numbers_refuses_batches_without():
         Trainer(network(), Indexed(), train=loader(), test=loader(), epochs=1).fit()
 
 
-DPCD = {
-    "temperature": 3.0,
-    "ced_temperature": 3.0,
-    "beta": 6.0,
-    "alpha_range": [0.5, 2.0],
-    "warmup_epochs": 20,
-    "ema": 0.9,
-    "history": 2000,
-    "threshold": 0.6,
-    "quantile": 0.65,
-    "slope": 18.0,
-    "ced_beta": 8.0,
-}
+DPCD = {"temperature": 3.0, "ced_temperature": 3.0, "beta": 6.0, "alpha_range": [0.5, 2.0], "warmup_epochs": 20}
+DPCD |= {"ema": 0.9, "history": 2000, "threshold": 0.6, "quantile": 0.65, "slope": 18.0, "ced_beta": 8.0}
 KD = {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9, "standardize": False}
 DKD = {"temperature": 4.0, "alpha": 1.0, "warmup_epochs": 20, "standardize": False}
 HSAKD = {"temperature": 3.0, "standardize": False}
@@ -226,10 +208,8 @@ def constants(script, *words):
         ("wrn_40_2", "wrn_16_2", [5.0, 8.0], 6.0),
         ("wrn_40_2", "ShuffleV1", [5.0, 8.0], 8.0),
         ("vgg13_bn", "vgg8_bn", [5.0, 8.0], 6.0),
-        ("vgg13_bn", "mobilenetV2", [5.0, 8.0], 6.0),
         ("resnet56", "resnet20", [1.0, 4.0], 2.0),
         ("resnet32x4", "resnet8x4", [6.0, 10.0], 8.0),
-        ("resnet32x4", "ShuffleV2", [6.0, 10.0], 8.0),
         ("ResNet50", "mobilenetV2_s2", [6.0, 10.0], 8.0),
     ],
 )
