@@ -92,36 +92,11 @@ def test_all_names_can_be_created():
     assert all(shapes_of(name, 10) for name in set(models.names()) - set(layouts()))
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [
-        ("wrn_16_3_aux", "wrn_16_2_aux"),
-        ("shufflev2_aux", "ShuffleV2_aux"),
-        ("resnet56_resnet20", "resnet56_resnet56"),
-    ],
-)
+@pytest.mark.parametrize(("name", "nearest"), [("wrn_16_3_aux", "wrn_16_2_aux"), ("shufflev2", "ShuffleV2")])
 def test_unknown_name_lists_the_nearest_ones_on_one_line(name, nearest):
     with pytest.raises(ValueError, match=f"unknown architecture .* nearest: .*{nearest}") as error:
         models.create(name, 10)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("pair", "member"),
-    [
-        ("mbv2_mbv2", "mobilenetV2_aux"),
-        ("vgg13_vgg13", "vgg13_bn_aux"),
-        ("resnet18_resnet18", "resnet18_imagenet_aux"),
-        ("resnet20_aux_resnet20_aux", "resnet20_aux"),
-    ],
-)
-def test_pairs_hold_two_networks_of_the_member_architecture(pair, member):
-    assert models.is_pair(pair) and not models.is_aux(pair)
-    assert models.member_name(pair) == member
-    assert models.backbone_name(pair) == models.backbone_name(member) == member.removesuffix("_aux")
-    one = shapes_of(member, 10)
-    expected = {f"{net}.{key}": shape for net in ("net1", "net2") for key, shape in one.items()}
-    assert shapes_of(pair, 10) == expected
 
 
 def test_members_of_a_pair_start_from_different_weights():
