@@ -48,7 +48,6 @@ class LinearProbe(nn.Module):
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, "mobilenetV2", "stl10", epochs=100, milestones=(30, 60, 90))
     parser.set_defaults(init_lr=0.1)
     parser.recipe["weight_decay"] = 0.0
@@ -67,7 +66,6 @@ def parse_args(argv=None):
 
 
 def main(args, world):
-    """Train and test the linear classifier."""
     utils.seed_all(args.manual_seed)
     checkpoint = utils.Checkpoint(args.s_path, args.weights_key)  # a wrong path shows before the data is read
     args.digests = {args.s_path: checkpoint.digest}

@@ -175,7 +175,6 @@ def plot(path: Path, groups: list[tuple[Label, str, list[Run]]]) -> None:
 
 
 def parse_args(argv=None):
-    """Return the command line's arguments."""
     parser = options.Parser(__doc__, prog="report.py")
     parser.add_argument(
         "paths", nargs="*", type=Path, metavar="FOLDER | FILE.jsonl", help="instead of --checkpoint-dir"
@@ -188,7 +187,6 @@ def parse_args(argv=None):
 
 
 def main(args) -> None:
-    """Print the table and write the files asked for."""
     groups = group(find_runs(args.paths or [args.checkpoint_dir]))
     rows = [COLUMNS, *(make_row(*entry) for entry in groups)]
     note = caption([run for _, _, runs in groups for run in runs])

@@ -21,7 +21,6 @@ KINDS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (he
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     parser = options.base_parser(__file__, __doc__, arch=None)
     parser.set_defaults(amp="off")
     add = parser.add_argument
@@ -34,7 +33,6 @@ def parse_args(argv=None):
 
 
 def main(args, world):
-    """Test the weights and print the results."""
     checkpoint = utils.Checkpoint(args.student_weights, args.weights_key, args.arch)
     num_classes, rotations = checkpoint.widths
     args.arch = options.named(args.arch, checkpoint, args.net)

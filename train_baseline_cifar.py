@@ -16,7 +16,6 @@ from training.start import load_backbone
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, arch="wrn_16_2")
     options.add_start(parser)
     options.add_few_ratio(parser)
@@ -29,7 +28,6 @@ def parse_args(argv=None):
 
 
 def main(args, world):
-    """Train the baseline."""
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
     model = options.create(args, args.arch, data.num_classes, data.size)

@@ -15,12 +15,10 @@ from training.start import load_backbone
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     return methods.finish_pair(options.training_parser(__file__, __doc__, arch="WRN_40_2_WRN_40_2"), argv)
 
 
 def main(args, world):
-    """Train the pair."""
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
     pair = options.create(args, args.arch, data.num_classes, data.size)

@@ -14,7 +14,6 @@ from training import launch
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     return methods.finish_pair(options.imagenet_parser(__file__, __doc__, arch="resnet18_resnet18"), argv)
 
 

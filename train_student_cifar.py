@@ -16,12 +16,10 @@ from training.start import load_backbone, suit_teacher
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     return methods.finish_student(options.training_parser(__file__, __doc__, arch="wrn_16_2_aux"), argv)
 
 
 def main(args, world):
-    """Train the student."""
     utils.seed_all(args.manual_seed)
     method, checkpoint = methods.find(args.method), utils.Checkpoint(args.tcheckpoint, args.weights_key, args.tarch)
     data = imagesets.load(**options.data_settings(args), world=world)

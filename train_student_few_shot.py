@@ -14,7 +14,6 @@ from training import launch
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     parser = options.training_parser(__file__, __doc__, arch="wrn_16_2_aux")
     options.add_few_ratio(parser, default=0.25)
     return methods.finish_student(parser, argv)

@@ -15,7 +15,6 @@ from training import launch
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     parser = options.imagenet_parser(__file__, __doc__, arch="resnet18_imagenet_aux")
     return methods.finish_student(parser, argv, tarch="resnet34_imagenet_aux")
 

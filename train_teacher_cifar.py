@@ -16,12 +16,10 @@ from training.start import load_backbone
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     return options.finish_teacher(options.training_parser(__file__, __doc__, arch="wrn_40_2_aux"), argv)
 
 
 def main(args, world):
-    """Train the teacher."""
     utils.seed_all(args.manual_seed)
     data = imagesets.load(**options.data_settings(args), world=world)
     model = options.create(args, args.arch, data.num_classes, data.size, args.rotations)

@@ -15,7 +15,6 @@ from training import launch
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     return options.finish_teacher(options.imagenet_parser(__file__, __doc__, arch="resnet34_imagenet_aux"), argv)
 
 

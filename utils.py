@@ -14,7 +14,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -43,11 +43,6 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def is_first_process() -> bool:
-    """Return whether this is rank 0 or a process without a launcher; known before the process group exists."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def available_cores() -> int:
     """Return the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -66,16 +61,15 @@ def first_line(error: Exception) -> str:
     return text if re.search("[a-zA-Z]", text) else f"{type(error).__name__} {text}".strip()
 
 
+def print_main(text: object, file: TextIO | None = None) -> None:
+    """Print `text` in the first process only; known by torchrun's variable, before there is a group."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=file, flush=True)
+
+
 def warn(text: object) -> None:
     """Print `text` as one line on stderr, in the first process only."""
-    if is_first_process():
-        print(" ".join(str(text).splitlines()), file=sys.stderr, flush=True)
-
-
-def print_main(text: object) -> None:
-    """Print `text` in the first process only."""
-    if is_first_process():
-        print(text, flush=True)
+    print_main(" ".join(str(text).splitlines()), sys.stderr)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

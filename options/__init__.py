@@ -41,12 +41,8 @@ def base_parser(script: str, description: str, arch: str | None, dataset_name: s
     parser.set_defaults(script=Path(script).stem)
     add_data(parser, dataset_name)
     add = parser.add_argument_group("network and device").add_argument
-    add(
-        "--arch",
-        type=architecture,
-        default=arch,
-        help=f"network, such as wrn_16_2_aux (default: {arch or 'that of the file'})",
-    )
+    listed = f"network, such as wrn_16_2_aux (default: {arch or 'that of the file'})"
+    add("--arch", type=architecture, default=arch, help=listed)
     add("--gpu-id", type=gpu_ids, help="GPU to use, or several: 0,1,2,3")
     precisions = ["auto", "off", "bf16", "fp16"]
     add("--amp", choices=precisions, default="auto", help="precision; auto: 16 bits on hardware that has them")
@@ -72,8 +68,8 @@ def training_parser(
     add("--init-lr", type=above_zero, help="initial learning rate; default by the recipe of the architecture")
     add("--weight-decay", type=not_negative, help="of all parameters; default by the recipe")
     add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum of sgd; default by the recipe")
-    listed = " ".join(map(str, milestones))
-    add("--milestones", type=positive, nargs="+", help=f"epochs at which the rate is x0.1 (default: {listed})")
+    rates = "epochs at which the rate is x0.1 (default: %(default)s)"
+    add("--milestones", type=positive, nargs="+", default=list(milestones), help=rates)
     add("--warmup-epoch", type=natural, default=0, help="epochs of linear warm-up before the schedule (default: 0)")
     add("--val-split", type=below_one, default=0.0, help="select the best epoch on this share of the training images")
     average = "share of the old weights in a moving average of them, tested and saved too, such as 0.999"
@@ -90,7 +86,6 @@ def training_parser(
     add("--override", nargs="+", metavar="NAME=VALUE", help=listed)
     add("--evaluate", action="store_true", help="test the run folder's best weights and stop")
     add("--save-minutes", type=above_zero, default=15, help="minutes between saves inside an epoch (default: 15)")
-    parser.set_defaults(milestones=list(milestones))
     add_distributed(parser)
     return parser
 
