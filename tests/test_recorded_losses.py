@@ -16,44 +16,21 @@ import methods
 from scripts import run, save_teacher
 
 STUDENT = ("--tarch", "wrn_40_2_aux", "--arch", "wrn_16_2_aux", "--manual_seed", 0)
+FEW_SHOT = ("--tarch", "resnet56_aux", "--arch", "resnet20_aux", "--few-ratio", 0.25, "--manual_seed", 0)
+FROZEN, SEED_1 = ("--arch", "wrn_40_2_aux", "--freezed"), ("--manual_seed", 1)
 # Script, words of the published command, the teacher that it reads, and the losses of its first two steps.
 COMMANDS = {
     "baseline": ("train_baseline_cifar", ("--arch", "wrn_16_2", "--manual_seed", 0), None, (0.6949743, 0.6790733)),
     "teacher": ("train_teacher_cifar", ("--arch", "wrn_40_2_aux", "--manual_seed", 0), None, (7.0152993, 7.0084839)),
-    "frozen teacher": (
-        "train_teacher_cifar",
-        ("--arch", "wrn_40_2_aux", "--freezed"),
-        "wrn_40_2",
-        (6.3378277, 6.3402815),
-    ),
+    "frozen teacher": ("train_teacher_cifar", FROZEN, "wrn_40_2", (6.3378277, 6.3402815)),
     "hsakd": ("train_student_cifar", STUDENT, "wrn_40_2_aux", (56.847481, 18.534298)),
     "kd": ("train_student_cifar", (*STUDENT, "--method", "kd"), "wrn_40_2_aux", (2.0485625, 0.14305994)),
     "dkd": ("train_student_cifar", (*STUDENT, "--method", "dkd"), "wrn_40_2_aux", (0.80297285, 0.73645258)),
     "dpcd": ("train_student_cifar", (*STUDENT, "--method", "dpcd"), "wrn_40_2_aux", (2.9644327, 5.3531453)),
-    "few shot": (
-        "train_student_few_shot",
-        ("--tarch", "resnet56_aux", "--arch", "resnet20_aux", "--few-ratio", 0.25, "--manual_seed", 0),
-        "resnet56_aux",
-        (67.104004, 13.967171),
-    ),
-    "online": (
-        "train_online_kd_cifar",
-        ("--arch", "WRN_40_2_WRN_40_2", "--manual_seed", 0),
-        None,
-        (14.289841, 14.050799),
-    ),
-    "imagenet teacher": (
-        "train_teacher_imagenet",
-        ("--freezed", "--manual_seed", 0),
-        "resnet34_imagenet",
-        (19.288246, 449.78973),
-    ),
-    "imagenet student": (
-        "train_student_imagenet",
-        ("--manual_seed", 1),
-        "resnet34_imagenet_aux",
-        (19.946814, 78.521477),
-    ),
+    "few shot": ("train_student_few_shot", FEW_SHOT, "resnet56_aux", (67.104004, 13.967171)),
+    "online": ("train_online_kd_cifar", ("--arch", "WRN_40_2_WRN_40_2"), None, (14.289841, 14.050799)),
+    "imagenet teacher": ("train_teacher_imagenet", ("--freezed",), "resnet34_imagenet", (19.288246, 449.78973)),
+    "imagenet student": ("train_student_imagenet", SEED_1, "resnet34_imagenet_aux", (19.946814, 78.521477)),
     "imagenet online": ("train_online_kd_imagenet", ("--arch", "resnet18_resnet18"), None, (23.273350, 732.64044)),
 }
 CLASSES = 2
