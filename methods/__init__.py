@@ -12,7 +12,7 @@ from torch import nn
 
 import models
 import options
-from methods.base import Batch, Constant, Imitation, Objective, Outputs, Predictions  # noqa: F401
+from methods.base import Batch, Constant, Imitation, Objective, Outputs  # noqa: F401
 from utils import Checkpoint, UserError, print_main
 
 

@@ -47,13 +47,6 @@ class Outputs(NamedTuple):
         return Outputs(self.logits[rows], [aux[rows] for aux in self.aux_logits])
 
 
-class Predictions(NamedTuple):
-    """Detached outputs of one step, for the training metrics: one entry per trained network."""
-
-    logits: list[Tensor]  # (B, N), un-rotated rows only
-    aux_logits: list[list[Tensor]]  # (M*B, N*M), all rotated rows; empty for a network without heads
-
-
 @dataclass
 class Constant:
     """A constant of a method: a class attribute that becomes a keyword argument and a flag of the command line.
@@ -135,12 +128,6 @@ def ramp(epoch: int | Tensor, warmup_epochs: float) -> float | Tensor:
     return share.clamp(max=1.0) if torch.is_tensor(share) else min(share, 1.0)
 
 
-def predictions(*networks: Outputs) -> Predictions:
-    """Return the `Predictions` of the trained networks' outputs: of each, the logits of un-rotated rows alone."""
-    logits = [outputs.logits.detach() for outputs in networks]
-    return Predictions(logits, [[aux.detach() for aux in outputs.aux_logits] for outputs in networks])
-
-
 def gather_rows(tensor: Tensor) -> Tensor:
     """Return the rows of all processes' `tensor`, of one shape in each, joined in rank order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:  # CUDA graphs of one process hold no collective
@@ -205,13 +192,9 @@ class Objective:
         `num_images` is the number of the training images, 0 if it is not known.
         """
 
-    def step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Predictions]:
-        """Return the terms and the `Predictions` of a batch."""
+    def step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], list[Outputs]]:
+        """Return the terms of a batch, and of each trained network its outputs, the logits of un-rotated rows alone."""
         raise NotImplementedError
-
-    def best_by(self, model: nn.Module) -> str:
-        """Return what the best epoch is chosen by: "top1", the backbone's, or "joint", that of the best head."""
-        return "top1"
 
     def __call__(
         self,
@@ -279,12 +262,12 @@ class Imitation(Objective):
 
     ce_weight: float = 1.0
 
-    def step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Predictions]:
-        """Return the terms and the `Predictions` of a batch."""
+    def step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], list[Outputs]]:
+        """Return the terms of a batch, and the student's outputs."""
         teacher = self.teach(batch)
         student = self.read(model, batch.images)
         task = self.ce_weight * self.cross_entropy(student.logits, batch.labels)
-        return {"task": task, **self.imitation(student, teacher, batch)}, predictions(Outputs(student.logits))
+        return {"task": task, **self.imitation(student, teacher, batch)}, [Outputs(student.logits)]
 
     def imitation(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the terms of the outputs of student and teacher."""

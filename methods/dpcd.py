@@ -4,7 +4,7 @@ import torch
 
 import options
 from losses import ced, dkd, log_two_way, quantile
-from methods.base import Constant, Objective, Outputs, check_heads, gather_rows, predictions, ramp, split_outputs
+from methods.base import Constant, Objective, check_heads, gather_rows, ramp, split_outputs
 
 # The clamp of beta by the teacher's family, as in the released code.
 BETA_RANGE = {"wrn": (5.0, 8.0), "vgg": (5.0, 8.0), "resnet": (1.0, 4.0), "resnet32x4": (6.0, 10.0)}
@@ -65,7 +65,7 @@ class DPCD(Objective):
             "teacher_path": ramp(batch.epoch, self.warmup_epochs) * path,
             "self_path": sum(ceds),
         }
-        return terms, predictions(Outputs(student.logits, student.aux_logits))
+        return terms, [student]
 
     @torch.no_grad()
     def weights(self, teacher_logits, labels):

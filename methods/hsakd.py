@@ -2,7 +2,7 @@
 
 import options
 from losses import kl
-from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired_heads, predictions, rotations_of
+from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired_heads, rotations_of
 
 
 class HSAKD(Objective):
@@ -28,7 +28,7 @@ class HSAKD(Objective):
             "aux_kl": sum(self.kl(aux, target) for aux, target in pairs),
             **self.class_terms(student.logits, teacher.logits),
         }
-        return terms, predictions(Outputs(logits, student.aux_logits))
+        return terms, [Outputs(logits, student.aux_logits)]
 
     def class_terms(self, student, teacher):
         """Return the term of class logits (rows, N) on all views."""

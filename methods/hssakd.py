@@ -2,7 +2,7 @@
 
 import options
 from losses import cross_entropy, joint_labels, kl, rotate
-from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired_heads, predictions, rotations_of
+from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired_heads, rotations_of
 
 
 class HSSAKD(Objective):
@@ -29,7 +29,7 @@ class HSSAKD(Objective):
             "logit_kl": self.mutual_kl(*both_logits),
             "aux_kl": sum(self.mutual_kl(*pair) for pair in paired_heads(*both_aux)),
         }
-        return terms, predictions(*upright)
+        return terms, upright
 
     def mutual_kl(self, first, second):
         """Return the KL both ways between logits (rows, N), each side's target detached."""

@@ -1,7 +1,7 @@
 """HSAKD's teacher (IJCAI 2021, section 3.2): a network with auxiliary classifiers, trained by hard labels."""
 
 from losses import cross_entropy, joint_labels, rotate
-from methods.base import Objective, Outputs, check_heads, predictions, rotations_of, split_outputs
+from methods.base import Objective, Outputs, check_heads, rotations_of, split_outputs
 from utils import unwrap
 
 
@@ -28,4 +28,4 @@ class Teacher(Objective):
             terms["task"] = self.cross_entropy(logits, batch.labels)
         heads = self.cross_entropy if rotations == 1 else cross_entropy
         terms["aux"] = sum(heads(aux, joint) for aux in outputs.aux_logits)
-        return terms, predictions(Outputs(logits, outputs.aux_logits))
+        return terms, [Outputs(logits, outputs.aux_logits)]

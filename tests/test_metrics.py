@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import models
-from methods import Predictions
+from methods import Outputs
 from training import metrics, precision
 
 CPU = torch.device("cpu")
@@ -37,9 +37,9 @@ def test_training_sums_by_hand():
     right, wrong = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     terms = {"task": torch.tensor(0.5), "aux": torch.tensor(1.5)}
     heads, expected = {name: 100 * value for name, value in HEADS.items()}, {"loss": 4, "task": 1, "aux": 3}
-    found = metrics.training_sums(terms, Predictions([right], [two_heads()]), LABELS)
+    found = metrics.training_sums(terms, [Outputs(right, two_heads())], LABELS)
     assert found == {**expected, "top1": 200, **heads}
-    found = metrics.training_sums(terms, Predictions([wrong, right], [[], two_heads()]), LABELS)
+    found = metrics.training_sums(terms, [Outputs(wrong), Outputs(right, two_heads())], LABELS)
     heads = {f"net2/{name}": value for name, value in heads.items()}
     assert found == {**expected, "net1/top1": 0, "net2/top1": 200, **heads}
 

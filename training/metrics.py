@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from losses import joint_labels, rotate
-from methods import Predictions
+from methods import Outputs
 from methods.base import split_outputs
 from models import MutualPair, backbone_of
 from models.tracer import META, meta_copy
@@ -98,14 +98,17 @@ def head_hits(aux_logits: list[Tensor], labels: Tensor, rotations: int, upright:
     return found
 
 
-def training_sums(terms: dict[str, Tensor], predictions: Predictions, labels: Tensor) -> dict[str, Tensor]:
-    """Return name -> sum over the batch of each loss term (and `loss`) and of each classifier's hits, in percent."""
+@torch.no_grad()
+def training_sums(terms: dict[str, Tensor], trained: list[Outputs], labels: Tensor) -> dict[str, Tensor]:
+    """Return name -> sum over the batch of each loss term (and `loss`) and of each classifier's hits, in percent.
+
+    `trained` are the outputs of each trained network, the class logits of un-rotated rows alone.
+    """
     count = len(labels)
     sums = {"loss": sum(terms.values()).detach() * count}
     sums.update({name: value.detach() * count for name, value in terms.items()})
-    several = len(predictions.logits) > 1
-    for number, (logits, aux_logits) in enumerate(zip(predictions.logits, predictions.aux_logits, strict=True), 1):
-        prefix = f"net{number}/" if several else ""
+    for number, (logits, aux_logits, *_) in enumerate(trained, 1):
+        prefix = f"net{number}/" if len(trained) > 1 else ""
         sums[f"{prefix}top1"] = 100 * hits(logits, labels)
         if aux_logits:
             rotations = len(aux_logits[0]) // count

@@ -27,7 +27,6 @@ class StepModule(nn.Module):
         self.model, self.trained, self.objective = model, objective.trained, objective
 
     def forward(self, *batch: Any) -> tuple[dict[str, Tensor], Any]:
-        """Return the terms and predictions of a batch."""
         return self.objective.step(self.model, Batch(*batch))
 
 
@@ -67,8 +66,8 @@ class TrainingStep:
     def forward_eager(self, images: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch and its training sums (name -> scalar)."""
         with autocast(images.device, self.precision):
-            terms, predictions = self.wrapped(images, labels, *rest)
-        return sum(terms.values()), training_sums(terms, predictions, labels)
+            terms, outputs = self.wrapped(images, labels, *rest)
+        return sum(terms.values()), training_sums(terms, outputs, labels)
 
     def __call__(self, batch: Batch, totals: Totals) -> None:
         """Take one optimizer step on a batch, and add its sums to `totals`."""
