@@ -41,20 +41,15 @@ class CRD(Imitation):
             self.state[f"{side}_scale"] = torch.zeros(())  # normalises the ratios; the first batch sets it
         self.state["labels"] = torch.full((num_images,), -1)  # of the images seen so far
 
-    def imitation(self, student, teacher, batch):
-        contrast = self.contrast(student.embedding, teacher.embedding, batch.index, batch.labels)
-        return {"features": self.feature_weight * contrast}
-
     @torch.compiler.disable  # the compiled backward pass would read the memories after they have changed
-    def contrast(self, student, teacher, index, labels):
-        """Return the loss of embeddings (B, D) of the images `index` (B,), after which the memories know them."""
-        index = index.to(labels.device)
-        with torch.autocast(labels.device.type, enabled=False):  # the exponential needs float32
-            return self.contrast_float32(student.float(), teacher.float(), index, labels)
+    def imitation(self, student, teacher, batch):
+        embeddings, index = (student.embedding.float(), teacher.embedding.float()), batch.index.to(batch.labels.device)
+        with torch.autocast(index.device.type, enabled=False):  # the exponential needs float32
+            return {"features": self.feature_weight * self.contrast(embeddings, index, batch.labels)}
 
-    def contrast_float32(self, student, teacher, index, labels):
-        """Do what `contrast` says."""
-        pairs = zip(SIDES, (student, teacher), strict=True)
+    def contrast(self, embeddings, index, labels):
+        """Return the loss of two embeddings (B, D) of the images `index` (B,), after which the memories know them."""
+        pairs = zip(SIDES, embeddings, strict=True)
         found = {side: F.normalize(self.trained[side](embedding)) for side, embedding in pairs}
         count = len(self.state["labels"])
         others = torch.randint(count, (len(index), self.negatives), device=index.device)
