@@ -121,6 +121,7 @@ def test_test_model(file, arch, flags, weights, monkeypatch, capsys):
 
 PUBLISHED = r"""
 python test_model.py --arch wrn_16_2_aux --student-weights ./checkpoint/train_student_cifar_tarch_wrn_40_2_aux_arch_wrn_16_2_aux_dataset_cifar100_seed0/wrn_16_2_aux_best.pth.tar
+python train_baseline_cifar.py --arch vgg8 --data ./data/  --gpu 0
 python train_student_few_shot.py --tarch resnet56_aux --arch resnet20_aux --tcheckpoint ./checkpoint/train_teacher_cifar_arch_resnet56_aux_dataset_cifar100_seed0/resnet56_aux.pth.tar --checkpoint-dir ./checkpoint --data ./data/ --few-ratio 0.25 --gpu 2 --manual 0
 python eval_rep.py --arch mobilenetV2 --dataset STL-10 --data ./data/ --s-path ./checkpoint/train_student_cifar_tarch_vgg13_bn_aux_arch_mobilenetV2_aux_dataset_cifar100_seed0/mobilenetV2_aux.pth.tar
 python eval_rep.py --arch mobilenetV2 --dataset TinyImageNet --data ./data/tiny-imagenet-200/ --s-path ./checkpoint/train_student_cifar_tarch_vgg13_bn_aux_arch_mobilenetV2_aux_dataset_cifar100_seed0/mobilenetV2_aux.pth.tar

@@ -89,6 +89,7 @@ def test_forward_values_are_the_contracts(rotations, name):
 
 def test_all_names_can_be_created():
     assert {"mobilenetV2_s2", "mobilenetV2_s2_aux", "resnet8_aux", "resnet14_aux", "vgg8"} <= set(models.names())
+    assert "block0.1.weight" not in shapes_of("vgg8", 10)  # DPCD's, without BatchNorm
     assert all(shapes_of(name, 10) for name in set(models.names()) - set(layouts()))
 
 

@@ -17,6 +17,7 @@ from scripts import run, status
 from training import speed, start
 
 FAULTS = Path(__file__).resolve().parents[2] / "shared" / "faults" / "checkpoints"
+needs_faults = pytest.mark.skipif(not FAULTS.exists(), reason="needs ../shared/faults")
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "grey": (128, 128, 128), "red": (220, 50, 40)}
 OTHER = ((0.3, 0.4, 0.2), (0.3, 0.2, 0.4))  # a normalisation that no data set has
 
@@ -97,7 +98,9 @@ def distil(folder, place, weights, *more, method="kd", arch="resnet8"):
 )
 def test_a_teacher_is_tested_before_the_first_step(change, top1, warned, folder, backbone, tmp_path, capsys):
     weights = changed(backbone, tmp_path / "t.pth", change, acc=100.0)
-    assert distil(folder, tmp_path, weights)["tested"] == {"teacher": {"top1": top1}}
+    found = distil(folder, tmp_path, weights)
+    assert found["tested"] == {"teacher": {"top1": top1}}
+    assert (found["digests"] == {str(weights): utils.Checkpoint(backbone).digest}) == (top1 == 100)
     output = capsys.readouterr()
     lines = [line for line in output.err.splitlines() if line.startswith("warning")]
     assert ([warned in line for line in lines] == [True] if warned else not lines) and f"{top1:.2f}" in output.out
@@ -105,14 +108,17 @@ def test_a_teacher_is_tested_before_the_first_step(change, top1, warned, folder,
     assert resumed["tested"] == {"teacher": {"top1": top1}} and "un-rotated" not in capsys.readouterr().out
 
 
-def test_what_other_people_record_is_shown_and_not_compared(folder, backbone, tmp_path, capsys):
+def test_what_other_people_record_is_shown_and_not_compared(folder, backbone, tmp_path, monkeypatch, capsys):
+    """The test takes 2,000 images at most."""
+    some, asked = imagesets.in_memory.TestBatches.some, []
+    monkeypatch.setattr(imagesets.in_memory.TestBatches, "some", lambda self, n: asked.append(n) or some(self, n))
     content = torch.load(backbone, weights_only=True)
     content["net"]["fc.bias"][0] -= 1000
     torch.save({"net": content["net"], "acc": 98.76}, tmp_path / "t.pth")
     statistics = ("--teacher-mean", *OTHER[0], "--teacher-std", *OTHER[1])
     assert distil(folder, tmp_path, tmp_path / "t.pth", *statistics)["tested"] == {"teacher": {"top1": 75}}
     output = capsys.readouterr()
-    assert "98.76" in output.out and "warning" not in output.err
+    assert "98.76" in output.out and "warning" not in output.err and asked == [2000]
 
 
 def test_every_head_that_is_matched_is_tested(folder, teacher, tmp_path, capsys):
@@ -283,6 +289,17 @@ def test_weights_are_chosen_by_their_key(folder, backbone, tmp_path, capsys):
     assert "student, teacher" in capsys.readouterr().err
 
 
+def test_the_network_of_a_pair_that_the_file_names_is_taken(folder, backbone, tmp_path, capsys):
+    content = torch.load(backbone, weights_only=True)
+    pair = {f"net1.backbone.{name}": torch.zeros_like(value) for name, value in content["net"].items()}
+    pair |= {f"net2.backbone.{name}": value for name, value in content["net"].items()}
+    best = {"best": {"net": 2}, "arch": "resnet8_resnet8"}
+    torch.save({**content, **best, "net": pair}, tmp_path / "pair.pth")
+    assert result_of(folder, tmp_path / "pair.pth", capsys)["top1"] == 100
+    assert result_of(folder, tmp_path / "pair.pth", capsys, "--net", 1)["top1"] == 25
+    assert distil(folder, tmp_path, tmp_path / "pair.pth")["tested"] == {"teacher": {"top1": 100}}
+
+
 def test_what_shapes_a_run_is_changed_at_resume_and_logged(folder, tmp_path, capsys):
     def trains(*more):
         capsys.readouterr()
@@ -308,7 +325,31 @@ def test_what_shapes_a_run_is_changed_at_resume_and_logged(folder, tmp_path, cap
     assert "init_lr 0.05 -> 0.01 from epoch 2" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not FAULTS.exists(), reason="needs ../shared/faults")
+@needs_faults
+@pytest.mark.parametrize(
+    ("file", "flags", "found"),
+    [
+        ("05_distiller_student_teacher.pth", ("--weights-key", "student"), 99.44),
+        ("06_lightning.ckpt", (), 99.44),
+        ("08_timm_ema.pth.tar", (), 99.44),
+        ("08_timm_ema.pth.tar", ("--weights-key", "state_dict"), 14.72),
+        ("14_model_state_dict.pth", (), 99.44),
+        ("32_model.safetensors", (), 99.44),
+        ("11_whole_model.pth", (), "torch.save(model.state_dict()"),
+        ("33_lfs_pointer.pth", (), "git lfs pull"),
+    ],
+)
+def test_the_weights_that_were_refused_or_read_wrongly(file, flags, found, capsys):
+    data = ("--dataset", "digits", "--student-weights", FAULTS / file)
+    ended = status("test_model", "--arch", "resnet8", *data, "--json", *flags)
+    output = capsys.readouterr()
+    if isinstance(found, str):
+        assert ended == 2 and found in output.err
+    else:
+        assert json.loads(output.out)["top1"] == pytest.approx(found, abs=0.01)
+
+
+@needs_faults
 @pytest.mark.parametrize(
     ("name", "top1", "warned"), [("right", 99.44, False), ("permuted", 0, True), ("untrained", 9.17, True)]
 )
@@ -321,7 +362,7 @@ def test_the_teachers_that_were_wrong_without_a_word(name, top1, warned, tmp_pat
     assert ("near chance" in capsys.readouterr().err) == warned
 
 
-@pytest.mark.skipif(not FAULTS.exists(), reason="needs ../shared/faults")
+@needs_faults
 def test_older_weights_keep_their_normalisation(folder, tmp_path, capsys):
     """They were trained on a folder of CIFAR-10's images, whose statistics are not those of --dataset cifar10."""
     weights = FAULTS / "resnet8_cifar10jpeg_imagenetstats.pth.tar"

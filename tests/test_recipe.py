@@ -92,6 +92,17 @@ def test_the_trainers_own_defaults_are_those_of_cifar():
     assert {"lr": 1e-3, "weight_decay": 0.05}.items() <= group(optimizer="adamw").items()
 
 
+@pytest.mark.parametrize(("amp", "layout"), [("off", torch.contiguous_format), ("bf16", torch.channels_last)])
+def test_float32_by_name_takes_the_layout_of_the_smaller_error(amp, layout):
+    """A CPU's channels-last BatchNorm sums naively."""
+    batch, networks = (torch.rand(2, 3, 8, 8), torch.tensor([0, 1])), [models.create("resnet8", 2) for _ in range(2)]
+    common = {"train": [batch], "test": [batch], "epochs": 1, "world": WORLD}
+    made = Trainer(networks[0], methods.KD(networks[1]), amp=amp, **common)
+    (part,) = made.step.parts(methods.Batch(*batch))
+    tensors = (part.images, made.model.conv1.weight, made.objective.teacher.conv1.weight)
+    assert all(tensor.is_contiguous(memory_format=layout) for tensor in tensors)
+
+
 def test_every_training_script_has_a_recipe():
     assert {path.stem for path in ROOT.glob("train_*.py")} | {"eval_rep"} == {script for script, _, _ in RECIPES}
 
@@ -102,8 +113,10 @@ def test_the_published_recipe_is_the_default_and_flags_win(script, flags, recipe
     assert {name: args[name] for name in recipe} == recipe
     given = {"epochs": 7, "milestones": [3, 5], "batch_size": 8, "init_lr": 0.3, "weight_decay": 0.01}
     words = ("--epochs", 7, "--milestones", 3, 5, "--batch-size", 8, "--init-lr", 0.3, "--weight-decay", 0.01)
-    args = vars(parsed(script, *flags, *words))
-    assert {name: args[name] for name in recipe} == recipe | given
+    given["nesterov"] = not recipe["nesterov"]
+    args = parsed(script, *flags, *words, "--no-nesterov" if recipe["nesterov"] else "--nesterov")
+    assert {name: vars(args)[name] for name in recipe} == recipe | given
+    assert options.trainer_settings(args)["nesterov"] == given["nesterov"]
 
 
 def test_learning_rate_follows_the_architecture():

@@ -29,7 +29,7 @@ from scripts import (
     status,
     stopped,
 )
-from training import launch, trainer
+from training import launch, progress, trainer
 
 TEACHER_RUN = "train_teacher_cifar_arch_resnet8_aux_dataset_digits_seed0"
 BASELINE_RUN = "train_baseline_cifar_arch_resnet8_dataset_digits_seed0"
@@ -188,9 +188,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(copy, capsys):
 
 def test_what_changes_by_rounding_alone_may_differ(copy, capsys):
     folder, argv = copy
-    run("train_baseline_cifar", *argv, "--accumulate", 2, "--amp", "bf16")
+    run("train_baseline_cifar", *argv, "--accumulate", 2, "--amp", "bf16", "--num-workers", 9)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--resume")]
-    assert told == ["--resume: accumulate 1 -> 2", "--resume: amp off -> bf16"]
+    assert told[:2] == ["--resume: accumulate 1 -> 2", "--resume: amp off -> bf16"]
+    assert told[2].startswith("--resume: num_workers ") and len(told) == 3
     assert json.loads((folder / "args.json").read_text())["accumulate"] == 2
 
 
@@ -291,6 +292,16 @@ def test_a_frozen_backbone_stays_as_it_is(tmp_path):
     assert all(torch.equal(state[f"backbone.{key}"], value) for key, value in start.items())
     assert "train/task" not in log_lines(tmp_path / TEACHER_RUN)[0]
     assert str(weights) in json.loads((tmp_path / TEACHER_RUN / "args.json").read_text())["digests"]
+
+
+def test_a_line_every_two_minutes_without_a_terminal(monkeypatch, capsys):
+    """Of steps that take 50 seconds each."""
+    clock = itertools.count(0, 50)
+    monkeypatch.setattr(progress, "time", mock.Mock(monotonic=lambda: next(clock)))
+    shown = progress.Progress("epoch 1/3", 0, 100, True, lambda: {"loss": 0.5})
+    for _ in range(8):
+        shown.update()
+    assert capsys.readouterr().out.splitlines() == [f"epoch 1/3, step {n}/100: loss 0.50" for n in (3, 5, 8)]
 
 
 def test_a_pair_names_its_better_network(tmp_path, capsys):

@@ -115,6 +115,11 @@ def test_every_published_row_has_a_line(commands):
     assert {args.dataset for args in lines["eval_rep"]} == {"stl10", "tinyimagenet"}
 
 
+def test_line_ends_stay_those_of_unix():
+    """Bash does not read the files of a checkout with Windows line ends."""
+    assert "*.sh text eol=lf" in (ROOT / ".gitattributes").read_text().splitlines()
+
+
 def test_every_written_best_is_tested(commands, written):
     """test_model.sh names every network that the CIFAR files train."""
     tested = {Path(args.student_weights) for args in commands["test_model.sh"]}

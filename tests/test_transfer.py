@@ -22,12 +22,17 @@ QUICK = ("--batch-size", "4", "--epochs", "1", "--amp", "off", "--num-workers", 
 
 @pytest.mark.parametrize("name", ONE_PER_CIFAR_FAMILY)
 def test_only_the_new_head_of_every_backbone_trains(name):
-    """The encoder has no gradient, no training mode and no part of its old classifier in the result."""
+    """The encoder has no gradient, no training mode and no part of its old classifier in the result.
+
+    MobileNetV2's head starts as its released code initialises linear layers.
+    """
     backbone = models.create(name, 5)
     with torch.no_grad():
         backbone.head.weight.fill_(float("nan"))
     probe = eval_rep.LinearProbe(backbone, 7).train()
     assert not any(module.training for module in probe.encoder.modules())
+    narrow = not probe.head.bias.any() and probe.head.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert narrow == name.startswith("mobilenet")
     logits = probe(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 7)
     logits.sum().backward()
