@@ -7,18 +7,17 @@ All flags but --seeds are train_student_cifar.py's, which trains the one student
 the reference loop of step.py: float32, NCHW, eager, PIL transforms image by image.
 """
 
-import json
-import tempfile
-from pathlib import Path
+import argparse
 from statistics import mean, stdev
 from unittest import mock
 
 from paths import PublishedImages, Reference
+from step import lines
 from torch.utils.data import DataLoader, RandomSampler
 
 import options
 import train_student_cifar
-from training import launch, metrics
+from training import Trainer, launch, metrics
 from training.optim import rate_factor, set_rate
 
 
@@ -27,47 +26,42 @@ def parse_args(argv=None):
     parser = options.Parser(__doc__)
     parser.add_argument("--seeds", type=options.natural, nargs="+", default=[0, 1, 2])
     ours, rest = parser.parse_known_args(argv)
-    args = train_student_cifar.parse_args(rest)
-    args.seeds = ours.seeds
-    return args
+    return argparse.Namespace(**vars(train_student_cifar.parse_args(rest)), seeds=ours.seeds)
 
 
-def reference(args, world):
-    """Train what the script would as the published scripts do; return the last epoch's top-1 on the test images."""
-    with mock.patch.object(train_student_cifar, "Trainer") as trainer:
-        train_student_cifar.main(args, world)
-    (model, objective), settings = trainer.call_args
-    train = settings["train"]
+def reference(args, networks, settings):
+    """Train as the published scripts do; return the last epoch's top-1 on the test images."""
+    train, device = settings["train"], settings["world"].device
     images, count = train.image_set, min(len(train) * train.batch_size, train.num_images)
     sampler = RandomSampler(images.labels, num_samples=count)
     loader = DataLoader(PublishedImages(images), train.batch_size, sampler=sampler)
-    path = Reference(model, objective, loader, world.device, lr=args.init_lr)
+    path = Reference(*networks, loader, device, args.init_lr)
     for epoch in range(args.epochs):
         set_rate(path.optimizer, rate_factor("multistep", epoch, 0, 1, args.epochs, args.milestones))
         path.round(epoch)
-    return metrics.evaluate(model, settings["test"], world.device)["top1"]
+    return metrics.evaluate(path.model, settings["test"], device)["top1"]
 
 
-def default(args, world):
-    """Train by the script; return the last epoch's top-1."""
-    with tempfile.TemporaryDirectory() as args.checkpoint_dir:
-        train_student_cifar.main(args, world)
-        (log,) = Path(args.checkpoint_dir).glob("*/log.jsonl")
-        return json.loads(log.read_text().splitlines()[-1])["test/top1"]
+def default(_, networks, settings):
+    """Train as the script does; return the last epoch's top-1."""
+    trainer = Trainer(*networks, **settings | {"folder": None})
+    trainer.fit()
+    return trainer.last_top1
 
 
 def main(args, world):
     """Train both ways from every seed and print a Markdown table."""
-    found = {"reference": [], "default": []}
-    for seed in args.seeds:
-        args.manual_seed = seed
-        found["reference"].append(reference(args, world))
-        found["default"].append(default(args, world))
-    print("| path | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | mean ± std |")
-    print("|:--|" + ":-:|" * (len(args.seeds) + 1))
-    for name, values in found.items():
-        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + f" | {mean(values):.2f}{spread} |")
+    rows = []
+    for way in (reference, default):
+        found = []
+        for seed in args.seeds:
+            args.manual_seed = seed
+            with mock.patch.object(train_student_cifar, "Trainer") as trainer:
+                train_student_cifar.main(args, world)
+            found.append(way(args, *trainer.call_args))
+        spread = f" ± {stdev(found):.2f}" if len(found) > 1 else ""
+        rows.append([way.__name__, *(f"{top1:.2f}" for top1 in found), f"{mean(found):.2f}{spread}"])
+    print(lines(*rows, head=["path", *(f"seed {seed}" for seed in args.seeds), "mean ± std"]))
 
 
 if __name__ == "__main__":

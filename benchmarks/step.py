@@ -1,125 +1,144 @@
 """Training speed of this project's step against the published scripts' recipe, timed in turns, round by round.
 
-    python benchmarks/step.py --all --compile --json step.json
+    python benchmarks/step.py --all --json step.json
+    python benchmarks/step.py --paths inference filling --batch-size 64 --steps 4
+    torchrun --standalone --nproc-per-node 2 benchmarks/step.py --paths default
 
 reference: float32, NCHW, eager, PIL transforms image by image without workers, losses and metrics read in every step.
-default:   the Trainer's own epoch over its own batches; compile: the same with --compile.
+default:   the Trainer's own epoch over its own batches; compile, stored-compile: with --compile.
 stored:    with the teacher's outputs of --teacher-cache; memory: with outputs that cost nothing, which bounds that.
-The images are synthetic. Each path has a process of its own, since what the Trainer does to the memory allocator would
-help the reference too. Ratios compare rounds that follow each other.
+filling:   the outputs are stored, which takes augmentation, teacher and disk; inference: the teacher's outputs alone.
+The images are synthetic. Each path has a process of its own, unless torchrun starts several: what the Trainer does to
+the memory allocator would help the reference too. Ratios compare rounds that follow each other.
 """
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median, quantiles
 
 import torch
-from paths import Apart, Case, matmul_rates, ranged, spread
+from paths import Case, made, timed
+from torch.utils.benchmark import Timer
 
 import options
 from training import distributed
+from training.precision import resolve_precision, type_name
+from utils import print_main
 
 # The pairs of results/published_results.json, and the smallest one.
 PAIRS = ["wrn_40_2:wrn_16_2", "wrn_40_2:wrn_40_1", "resnet56:resnet20", "resnet32x4:resnet8x4", "vgg13_bn:mobilenetV2"]
 PAIRS += ["ResNet50:mobilenetV2", "wrn_40_2:ShuffleV1", "resnet32x4:ShuffleV2", "resnet20:resnet8"]
-BASES = ("reference", "default", "memory")
-HEAD = ["pair", "path", "images/s (quartiles)", *(f"ratio to {base}" for base in BASES)]
-HEAD += ["of the matrix product's rate", "peak MiB"]
+PATHS = ("reference", "default", "stored", "memory", "compile", "stored-compile", "inference", "filling")
+BASES = ("reference", "default", "memory", "inference")
+HEAD = ["pair", "path", "batch, processes", "images/s (quartiles)", *(f"ratio to {base}" for base in BASES)]
+HEAD += ["of the matrix product's rate", "peak MiB", "240 epochs, hours"]
+RECIPE = 240 * 50_000  # images of CIFAR-100 in the published recipe
 
 
-def pair(text):
-    """Check a flag's TEACHER:STUDENT."""
-    for name in text.split(":"):
-        options.architecture(name)
-    return text
-
-
-def parser_of(description, rounds):
-    """Return a parser with the flags of all benchmarks of steps."""
+def parser_of(description, pairs, paths):
+    """Return a parser with the flags of the benchmarks of steps; the defaults of two of them are given."""
     parser = options.Parser(description)
     add = parser.add_argument
-    add("--pairs", type=pair, nargs="+", metavar="TEACHER:STUDENT", help=f"default: {PAIRS[0]}; or one mutual pair")
+    add("--pairs", nargs="+", metavar="TEACHER:STUDENT", default=pairs, help="default: %(default)s")
     add("--batch-size", type=options.positive, default=64)
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto")
-    add("--rounds", type=options.positive, default=rounds)
+    add("--rounds", type=options.positive, default=5)
     add("--steps", type=options.positive, default=20 if torch.cuda.is_available() else 2, help="of a round")
+    add("--paths", nargs="+", choices=PATHS, default=paths, help="default: %(default)s")
     return parser
 
 
-def measure(case, names, rounds, rates, device):
-    """Return the measurements of a case, its paths taking turns; a path that fails is left out."""
-    paths, found = {}, {name: [] for name in names}
+def measure(case, paths, rounds, world):
+    """Return (seconds, peak MiB, precision) of a case's rounds, the paths taking turns; one that fails is left out."""
+    pools = {path: ProcessPoolExecutor(1, get_context("spawn")) for path in paths}
+    found = {path: [] for path in paths}
     for number in range(rounds + 1):  # in the first one the processes start
-        for name in names[:: -1 if number % 2 else 1]:
+        for path in [*found][:: -1 if number % 2 else 1]:
+            task = path, case, world
             try:
-                if number == 0:
-                    paths[name] = Apart(name, case, device)
-                elif name in paths:
-                    found[name].append(paths[name].round())
+                measured = pools[path].submit(timed, *task).result() if world.size == 1 else timed(*task)
+                found[path] += [measured] * (number > 0)
             except RuntimeError as error:
-                print(f"{case.networks}, {name}: {error}", flush=True)
-                paths.pop(name, None)
-    result = {**case._asdict(), "matmul_gflops": {name: rate / 1e9 for name, rate in rates.items()}, "paths": {}}
-    for name, path in paths.items():
-        seconds = [round_seconds for round_seconds, _ in found[name]]
-        speed = spread([case.batch_size * case.steps / value for value in seconds])
-        flops = case.flops(taught="stored" not in name and name != "memory") * speed["median"]
-        made = {"precision": path.precision, "images_per_second": speed, "peak_mib": found[name][-1][1]}
-        made |= {"start_seconds": path.start_seconds, "of_matmul_rate": flops / rates[path.precision], "ratio": {}}
-        for base in paths.keys() & set(BASES) - {name}:
-            made["ratio"][base] = spread([a / b for (a, _), b in zip(found[base], seconds, strict=True)])
-        result["paths"][name] = made
-        path.close()
-    return result
+                print_main(f"{case.pair}, {path}: {error}")
+                del found[path]
+    for pool in pools.values():
+        pool.shutdown()
+    flops = {path: case.flops(path) for path in found}
+    return {**case._asdict(), "processes": world.size, "flops": flops, "paths": found}
 
 
-def rows(result):
+def rows(result, rates):
     """Return the table's rows of a case."""
-    return [
-        [
-            result["networks"].replace(":", " -> "),
-            f"{name}, {path['precision']}",
-            ranged(path["images_per_second"], 1),
-            *(ranged(path["ratio"][b], 2) if b in path["ratio"] and name != "reference" else "" for b in BASES),
-            f"{100 * path['of_matmul_rate']:.0f} %",
-            f"{path['peak_mib']:.0f}",
-        ]
-        for name, path in result["paths"].items()
-    ]
+    found = []
+    for path, rounds in result["paths"].items():
+        _, peak, precision = rounds[-1]
+        speeds = [result["batch_size"] * result["steps"] / seconds for seconds, *_ in rounds]
+        cells = [result["pair"].replace(":", " -> "), f"{path}, {precision}"]
+        cells += [f"{result['batch_size']}, {result['processes']}", ranged(speeds)]
+        for base in BASES:
+            others = result["paths"].get(base, ()) if path not in (base, "reference") else ()
+            ratios = [theirs[0] / ours[0] for theirs, ours in zip(others, rounds, strict=False)]
+            cells.append(ranged(ratios, 2) if ratios else "")
+        share = median(speeds) * result["flops"][path] / rates[precision]
+        found.append([*cells, f"{share:.0%}", f"{peak:.0f}", f"{RECIPE / median(speeds) / 3600:.1f}"])
+    return found
 
 
-def table(head, rows):
-    """Return a table in Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+def ranged(values, digits=1):
+    """Return median and quartiles as text."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def hardware(device):
-    """Return the machine and PyTorch in words."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    kind = torch.backends.cpu.get_cpu_capability()
-    return f"CPU ({kind}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+def lines(*rows, head=()):
+    """Return rows of cells in Markdown, below the head of a table if there is one."""
+    head = [head, ["---"] * len(head)] if head else []
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (*head, *rows))
 
 
-def main(argv=None):
-    """Time, print the table, write the file."""
-    parser = parser_of(__doc__, rounds=5)
-    parser.add_argument("--all", action="store_true", help="the published pairs and ResNet-20 -> ResNet-8")
-    parser.add_argument("--compile", action="store_true", help="time --compile too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
-    args = parser.parse_args(argv)
-    device, results = distributed.pick_device(None), []
-    rates = matmul_rates(device, args.amp)
+def matmul_rates(device, amp):
+    """Return the FLOP/s of a large matrix product in float32 and in a run's precision, by name.
+
+    On a GPU it is as precise as convolutions are there.
+    """
+    side, found = 8192 if device.type == "cuda" else 2048, {}
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    for dtype in {torch.float32, resolve_precision(amp, device)}:
+        square = torch.randn(side, side, device=device).to(dtype)
+        timer = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads())
+        found[type_name(dtype)] = 2 * side**3 / timer.blocked_autorange(min_run_time=1).median
+    return found
+
+
+def measure_all(args, save):
+    """Measure and print all pairs, and call `save` with what is found after each."""
+    world = distributed.setup()
+    device = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else device
+    rates = {name: world.size * rate for name, rate in matmul_rates(world.device, args.amp).items()}
+    found = {"hardware": f"{device}, torch {torch.__version__}", "rates": rates, "pairs": []}
     listed = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.items())
-    print(f"{hardware(device)}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps")
-    print(f"Rate of a large matrix product: {listed}\n\n{table(HEAD, [])}", flush=True)
-    for networks in PAIRS if args.all else args.pairs or PAIRS[:1]:
-        case = Case(networks, args.batch_size, args.steps, args.amp)
-        names = ["reference", "default", *["compile"] * args.compile]
-        names += ["stored", *["stored-compile"] * args.compile, "memory"] if ":" in networks else []
-        results.append(measure(case, names, args.rounds, rates, device))
-        print(*("| " + " | ".join(cells) + " |" for cells in rows(results[-1])), sep="\n", flush=True)
-        if args.json:
-            args.json.write_text(json.dumps({"hardware": hardware(device), "results": results}, indent=1))
+    print_main(f"{found['hardware']}, {args.rounds} rounds of {args.steps} steps\nMatrix product: {listed}\n")
+    print_main(lines(head=HEAD))
+    for pair in args.pairs:
+        case = Case(pair, args.batch_size, args.steps, args.amp)
+        found["pairs"].append(measure(case, args.paths, args.rounds, world))
+        print_main(lines(*rows(found["pairs"][-1], rates)))
+        save(found)
+    made.cache_clear()
+    distributed.leave()
+
+
+def main():
+    """Time, print the table, write the file."""
+    parser = parser_of(__doc__, PAIRS[:1], PATHS[:4])
+    add = parser.add_argument
+    add("--all", dest="pairs", action="store_const", const=PAIRS, help="the published pairs and ResNet-20 -> ResNet-8")
+    add("--json", type=Path, metavar="FILE", help="write all measurements")
+    args = parser.parse_args()
+    measure_all(args, lambda found: args.json and args.json.write_text(json.dumps(found, indent=1)))
 
 
 if __name__ == "__main__":
