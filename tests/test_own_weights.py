@@ -363,7 +363,7 @@ def test_the_teachers_that_were_wrong_without_a_word(name, top1, warned, tmp_pat
 
 
 @needs_faults
-def test_older_weights_keep_their_normalisation(folder, tmp_path, capsys):
+def test_older_weights_keep_their_normalisation():
     """They were trained on a folder of CIFAR-10's images, whose statistics are not those of --dataset cifar10."""
     weights = FAULTS / "resnet8_cifar10jpeg_imagenetstats.pth.tar"
     known = imagesets.recorded(utils.Checkpoint(weights).info)
