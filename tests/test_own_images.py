@@ -332,19 +332,8 @@ def test_flags_decide_how_images_are_read(tmp_path):
     write_images(tmp_path / "cat", [(20, 16)] * 10)
     write_images(tmp_path / "dog", [(20, 16)] * 10, seed=1)
     (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfdog\r\n\r\ncat\r\n")
-    words = (
-        "--image-size",
-        12,
-        "--from-files",
-        "--resize",
-        "pad",
-        "--augment",
-        "rrc",
-        "--no-flip",
-        "--test-split",
-        0.2,
-    )
-    words = (*words, "--class-names", tmp_path / "names.txt", "--mean", 0.4, "--std", 0.1, 0.2, 0.3)
+    words = ("--image-size", 12, "--from-files", "--resize", "pad", "--augment", "rrc", "--no-flip")
+    words += ("--test-split", 0.2, "--class-names", tmp_path / "names.txt", "--mean", 0.4, "--std", 0.1, 0.2, 0.3)
     data = parsed_data(tmp_path, *words)
     expected = {"class_names": ["dog", "cat"], "size": 12, "mean": (0.4,) * 3, "std": (0.1, 0.2, 0.3), "images": 16}
     expected |= {"augment": str(Augmentation(None, False)), "resize": "pad", "keep": "files", "test_split": 0.2}
