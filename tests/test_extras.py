@@ -1,6 +1,4 @@
-"""Class weights, label smoothing, the moving average of the weights, and the picture of the confusion matrix."""
-
-import math
+"""Flags of the loss, the moving average of the weights, and the picture of the confusion matrix."""
 
 import numpy as np
 import pytest
@@ -13,28 +11,9 @@ import methods
 import models
 import options
 import utils
-from losses import cross_entropy
 from scripts import QUICK, QUICK_RUN, WORLD, log_lines, parsed, run, save_teacher, status
 from training import Trainer
 from training.metrics import evaluate
-
-LOGITS = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-LABELS = torch.tensor([0, 2])
-# -log softmax of the rows
-ROWS = [[-math.log(math.exp(z) / sum(map(math.exp, row))) for z in row] for row in LOGITS.tolist()]
-
-
-def test_label_smoothing_by_hand():
-    """A share of 0.3 is spread evenly over the three classes."""
-    smoothed = [0.7 * row[label] + 0.1 * sum(row) for row, label in zip(ROWS, LABELS.tolist(), strict=True)]
-    assert cross_entropy(LOGITS, LABELS, label_smoothing=0.3).item() == pytest.approx(sum(smoothed) / 2, rel=1e-6)
-
-
-def test_class_weights_by_hand():
-    """Each row counts with its class's weight; the sum is divided by the number of rows."""
-    weights = torch.tensor([0.5, 9.0, 3.0])
-    expected = (0.5 * ROWS[0][0] + 3.0 * ROWS[1][2]) / 2
-    assert cross_entropy(LOGITS, LABELS, weights).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("keep", ["memory", "files"])
@@ -44,34 +23,6 @@ def test_balanced_weights_make_up_for_the_number_of_images(keep, tmp_path):
     data = imagesets.load("imagefolder", tmp_path, keep=keep, workers=0)
     assert data.classes == ["few", "many"]
     assert data.class_weights.tolist() == pytest.approx([8 / (2 * 2), 8 / (2 * 6)])
-
-
-def terms(method, model, teacher, **settings):
-    """Return the terms of a method on four random images."""
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    objective = method(teacher, **settings) if method.reads else method(**settings)
-    for network in (model, teacher):
-        network.eval()
-    if type(objective).prepare is not methods.Objective.prepare:
-        torch.manual_seed(2)
-        objective.prepare(model, images, 4)
-    with torch.no_grad():
-        return objective(model, images, torch.tensor([0, 1, 2, 1]), index=torch.arange(4))
-
-
-@pytest.mark.parametrize("name", methods.METHODS)
-def test_every_method_shapes_the_terms_of_hard_class_labels_alone(name):
-    method = methods.find(name)
-    torch.manual_seed(0)
-    arch = {"plain": "resnet8", "auxiliary": "resnet8_aux", "pair": "resnet8_resnet8"}[method.networks]
-    model, teacher = models.create(arch, 3, method.rotations), models.create("resnet8_aux", 3)
-    if method.reads == "logits":
-        teacher = teacher.backbone
-    weights = {"class_weights": torch.tensor([1.0, 2.0, 4.0])}
-    plain, *others = (terms(method, model, teacher, **more) for more in ({}, weights, {"label_smoothing": 0.5}))
-    shaped = {"task", "aux"} if name == "dpcd" else {"task"}
-    for other in others:
-        assert {term for term in plain if not torch.equal(plain[term], other[term])} == shaped
 
 
 def test_flags_reach_the_loss(tmp_path):

@@ -114,6 +114,18 @@ def test_pure_losses_by_hand(temperature):
         assert found.item() == pytest.approx(temperature**2 * value, rel=1e-5), name
 
 
+def test_smoothed_and_weighted_cross_entropy_by_hand():
+    """A share is spread evenly over the classes; a row counts with its class's weight, divided by the rows' number."""
+    logits, _, labels = random_logits(0)
+    rows, weights = -np.log(softmax(logits)), np.array([0.5, 9.0, 3.0, 1.0, 2.0])
+    hits = rows[np.arange(BATCH), labels]
+    logits, labels = torch.tensor(logits), torch.tensor(labels)
+    found = losses.cross_entropy(logits, labels, label_smoothing=0.3).item()
+    assert found == pytest.approx((0.7 * hits + 0.3 * rows.mean(1)).mean(), rel=1e-5)
+    found = losses.cross_entropy(logits, labels, torch.tensor(weights).float()).item()
+    assert found == pytest.approx((weights[labels.numpy()] * hits).mean(), rel=1e-5)
+
+
 def test_identical_networks_give_zero_and_a_step_predicts_upright_rows():
     for objective, model, names in cases(0, teacher_seed=0):
         terms, trained = objective.step(model, methods.Batch(IMAGES, LABELS, 5))
@@ -171,6 +183,16 @@ def test_what_is_frozen_gets_no_gradient():
     assert not teacher.training and all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     network.frozen = True  # as an AuxiliaryNet is, once its backbone is
     assert set(methods.Teacher()(network, IMAGES, LABELS)) == {"aux"}
+
+
+def test_class_weights_and_smoothing_shape_the_terms_of_class_labels_alone():
+    for objective, model, names in cases(0):
+        plain = objective(model, IMAGES, LABELS)
+        for shaped in ({"class_weights": torch.arange(1.0, CLASSES + 1)}, {"label_smoothing": 0.5}):
+            vars(objective).update({"class_weights": None, "label_smoothing": 0.0, **shaped})
+            found = objective(model, IMAGES, LABELS)
+            of_labels = {"task", "aux"} if isinstance(objective, methods.DPCD) else {"task"}
+            assert {name for name in names if found[name] != plain[name]} == of_labels
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])

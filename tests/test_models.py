@@ -160,17 +160,6 @@ def test_channels_last_is_kept_and_computes_the_same(name):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vgg8_bn_aux", "ShuffleV2_aux"])
-def test_networks_are_one_graph_for_the_compiler(name):
-    torch.compiler.reset()
-    network = random_network(name).eval()
-    network.freeze_backbone()
-    images = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(network, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images), network(images))
-
-
 def convs_follow_fan_out(module):
     """Assert that every convolution of useful size has standard deviation sqrt(2 / (k * k * out_channels))."""
     for key, layer in module.named_modules():
