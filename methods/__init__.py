@@ -127,12 +127,9 @@ def constants_of(args: argparse.Namespace, method: type[Objective]) -> dict[str,
 def load_teacher(args: argparse.Namespace, checkpoint: Checkpoint, num_classes: int, size: int) -> nn.Module:
     """Return the teacher with a file's weights: with its heads if the method reads them, else its backbone.
 
-    UserError if the weights do not fit, or are of another number of classes.
+    UserError if the weights do not fit.
     """
     method = find(args.method)
-    if checkpoint.num_classes != num_classes:
-        classes = f"a teacher of {checkpoint.num_classes} classes, but the data set has {num_classes}"
-        raise UserError(f"{checkpoint.path}: {classes}")
     if method.reads == "heads" and checkpoint.rotations == 1:
         raise UserError(f"{checkpoint.path}: {method.name} needs a teacher whose heads tell 4 rotations apart, not 1")
     name = args.tarch if method.reads == "heads" else models.backbone_name(args.tarch)

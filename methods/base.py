@@ -92,12 +92,7 @@ def _of_family(beginning: str, arch: str) -> bool:
 
 def split_outputs(outputs: Any) -> Outputs:
     """Return one network's outputs, a tensor of logits or (logits, [aux logits]), as `Outputs`."""
-    if torch.is_tensor(outputs):
-        return Outputs(outputs)
-    logits, aux_logits = outputs
-    if not torch.is_tensor(logits):
-        raise ValueError("a mutual pair's outputs: this objective trains one network")
-    return Outputs(logits, list(aux_logits))
+    return Outputs(outputs) if torch.is_tensor(outputs) else Outputs(outputs[0], list(outputs[1]))
 
 
 def paired_heads(first: list[Tensor], second: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -110,14 +105,10 @@ def rotations_of(model: nn.Module) -> int:
     return getattr(unwrap(model), "rotations", 4)
 
 
-def check_heads(outputs: Outputs, rotations: int) -> None:
-    """Raise ValueError unless there are auxiliary heads, each of N * M outputs for logits (rows, N)."""
+def check_heads(outputs: Outputs) -> None:
+    """Raise ValueError unless there are auxiliary heads, without which a sum over them would be 0."""
     if not outputs.aux_logits:
         raise ValueError("the network has no auxiliary heads: this objective needs a *_aux network")
-    expected = outputs.logits.shape[1] * rotations
-    for aux in outputs.aux_logits:
-        if aux.shape[1] != expected:
-            raise ValueError(f"an auxiliary head has {aux.shape[1]} outputs, not classes x rotations = {expected}")
 
 
 def ramp(epoch: int | Tensor, warmup_epochs: float) -> float | Tensor:

@@ -19,8 +19,8 @@ class HSAKD(Objective):
         rotations = rotations_of(model)
         teacher = self.teach(batch)
         student = self.read(model, batch.images)
-        check_heads(student, rotations)
-        check_heads(teacher, rotations)
+        check_heads(student)
+        check_heads(teacher)
         pairs = paired_heads(student.aux_logits, teacher.aux_logits)
         logits = student.logits[::rotations]
         terms = {

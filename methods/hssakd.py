@@ -2,7 +2,7 @@
 
 import options
 from losses import cross_entropy, joint_labels, kl, rotate
-from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired_heads, rotations_of
+from methods.base import STANDARDIZE, Constant, Objective, Outputs, paired_heads, rotations_of
 
 
 class HSSAKD(Objective):
@@ -18,9 +18,6 @@ class HSSAKD(Objective):
         rotations = rotations_of(model)
         both_logits, both_aux = model(rotate(batch.images, rotations))
         networks = [Outputs(logits, aux) for logits, aux in zip(both_logits, both_aux, strict=True)]
-        for outputs in networks:
-            check_heads(outputs, rotations)
-
         joint = joint_labels(batch.labels, rotations)
         upright = [Outputs(outputs.logits[::rotations], outputs.aux_logits) for outputs in networks]
         terms = {

@@ -21,7 +21,7 @@ class Teacher(Objective):
     def step(self, model, batch):
         rotations = rotations_of(model)
         outputs = split_outputs(model(rotate(batch.images, rotations)))
-        check_heads(outputs, rotations)
+        check_heads(outputs)
         logits, joint = outputs.logits[::rotations], joint_labels(batch.labels, rotations)
         terms = {}
         if not getattr(unwrap(model), "frozen", False):

@@ -295,13 +295,6 @@ def test_the_device_of_a_process(gpus, mps, gpu_id, variables, expected, monkeyp
         assert str(distributed.setup(gpu_id).device) == expected
 
 
-def test_sync_bn_needs_several_gpus(monkeypatch, capsys):
-    assert distributed.setup(sync_bn=True) == WORLD and "no effect" in capsys.readouterr().err
-    monkeypatch.setattr(os, "environ", os.environ | {"RANK": "0", "WORLD_SIZE": "2"})
-    with pytest.raises(UserError):
-        distributed.setup(sync_bn=True)
-
-
 @pytest.mark.parametrize(
     ("words", "variables", "said"),
     [

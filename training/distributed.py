@@ -16,20 +16,14 @@ from utils import UserError, World, warn
 START_TIMEOUT = timedelta(minutes=60)  # until training begins: the first process may download and unpack meanwhile
 
 
-def setup(
-    gpu_id: str | None = None, backend: str | None = None, sync_bn: bool = False, timeout: timedelta = START_TIMEOUT
-) -> World:
+def setup(gpu_id: str | None = None, backend: str | None = None, timeout: timedelta = START_TIMEOUT) -> World:
     """Join the process group that the environment describes (torchrun's variables), if any, and return the World.
 
     `gpu_id` is a list such as "0,1" of the GPUs of this machine; `backend` is "nccl", "gloo" or None for what suits the
-    device. Raises UserError for GPUs that are not there, and for `sync_bn` on a CPU.
+    device. Raises UserError for GPUs that are not there.
     """
     rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     world = World(rank, max(size, 1), pick_device(gpu_id, local_rank, max(size, 1)))
-    if sync_bn and world.size == 1:
-        warn("--sync-bn has no effect in a single process")
-    elif sync_bn and world.device.type == "cpu":
-        raise UserError("--sync-bn needs GPUs: PyTorch has no such BatchNorm on the CPU")
     if "RANK" in os.environ and not dist.is_initialized():
         join((backend or "nccl") if world.device.type == "cuda" else "gloo", world.device, timeout)
     return world

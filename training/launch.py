@@ -78,7 +78,7 @@ def run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.N
         check_launch(args)
         if getattr(args, "multiprocessing_distributed", False) and "RANK" not in os.environ:
             sys.exit(relaunch(args, sys.argv))
-        world = distributed.setup(args.gpu_id, getattr(args, "dist_backend", None), getattr(args, "sync_bn", False))
+        world = distributed.setup(args.gpu_id, getattr(args, "dist_backend", None))
         main(args, world)
     except SystemExit as stop:
         status = stop.code
