@@ -84,10 +84,7 @@ class RunFolder:
 
     def claim(self, resume: bool) -> None:
         """Create or reopen the folder; UserError if it holds another run, or one in progress."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from None
+        self.path.mkdir(parents=True, exist_ok=True)
         if not acquired(self.lock, LOCK_PATIENCE if resume else 0):
             raise UserError(f"{self.path}: another process is training in this folder")
         if self.last.exists() or self.best.exists() or read_log(self.log):
@@ -150,24 +147,18 @@ class RunLog:
         with replacing(self.path, "w") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in kept)
         threading.excepthook = _tensorboard_is_silent
-        try:
-            self.events = SummaryWriter(str(folder.path), purge_step=epochs_done + 1)
-        except OSError as error:
-            raise UserError(f"cannot write TensorBoard's events in {folder.path}: {error.strerror}") from None
+        self.events = SummaryWriter(str(folder.path), purge_step=epochs_done + 1)
 
     def write(self, record: dict) -> None:
         """Append one epoch's flat record."""
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            for key, value in record.items():
-                if isinstance(value, (int, float)) and key != "epoch":
-                    self.events.add_scalar(key, value, record["epoch"])
-            self.events.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and key != "epoch":
+                self.events.add_scalar(key, value, record["epoch"])
+        self.events.flush()
 
 
 def _tensorboard_is_silent(failure: threading.ExceptHookArgs) -> None:
