@@ -4,11 +4,9 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-import imagesets
 from imagesets import randaugment
 from imagesets.augment import Augmentation
 from imagesets.randaugment import COUNT, GREY, OPERATIONS
-from utils import World
 
 
 def photos(count, size):
@@ -58,24 +56,3 @@ def test_cutout_is_a_grey_square_cut_off_at_the_border():
     assert holes[0, 12:20, 6:14].all() and holes[0].sum() == 64
     assert holes[1, :4, 27:].all() and holes[1].sum() == 4 * 5 and holes[2].sum() == 6 * 8
     assert (randaugment.random_cut_out(images[0]) == GREY).any()
-
-
-def test_the_strong_view_depends_on_the_position_alone():
-    """An epoch entered later, and one of two processes, see the same images as one process from the start."""
-    settings = {"name": "digits", "augment": "strong", "batch_size": 16, "limit": 3}
-    whole = list(imagesets.load(**settings).train.epoch(1))
-    rest = list(imagesets.load(**settings).train.epoch(1, 2))
-    assert torch.equal(whole[2][0], rest[0][0])
-    halves = [list(imagesets.load(**settings, world=World(rank, 2)).train.epoch(1)) for rank in (0, 1)]
-    assert torch.equal(whole[0][0], torch.cat([half[0][0] for half in halves]))
-    weak = list(imagesets.load("digits", batch_size=16, limit=3).train.epoch(1))
-    assert torch.equal(whole[0][2], weak[0][2]) and not torch.equal(whole[0][0], weak[0][0])
-
-
-def test_the_strong_view_of_files(tmp_path):
-    from test_own_images import load, write_splits
-
-    write_splits(tmp_path, [(16, 16)] * 10)
-    first, second = (list(load(tmp_path, augment="strong", keep="files", batch_size=8).train) for _ in range(2))
-    weak = list(load(tmp_path, keep="files", batch_size=8).train)
-    assert torch.equal(first[0][0], second[0][0]) and not torch.equal(first[0][0], weak[0][0])
