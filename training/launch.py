@@ -18,7 +18,8 @@ from utils import UserError, World, available_cores, first_line
 
 POLL_EVERY = 10  # steps after which several processes agree on whether to stop
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
-NOT_WRITABLE = [getattr(errno, f"E{name}") for name in "ACCES DQUOT EXIST MFILE NOSPC NOTDIR PIPE ROFS".split()]
+NOT_WRITABLE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EMFILE}
+NOT_WRITABLE |= {errno.ENOSPC, errno.ENOTDIR, errno.EPIPE, errno.EROFS}
 
 
 def stop_signals() -> list[int]:
