@@ -14,7 +14,7 @@ import methods
 import models
 import train_student_cifar
 import utils
-from scripts import QUICK, QUICK_RUN, log_lines, parsed, run, save_teacher, status
+from scripts import QUICK, QUICK_RUN, assert_same_run, checkpoint, log_lines, parsed, run, save_teacher, status
 from training import Trainer, launch
 from training.optim import rate_factor
 
@@ -243,17 +243,6 @@ def test_constants_from_python_follow_the_teachers_family():
         methods.KD(network(), beta=3.0)
 
 
-def test_given_constants_reach_the_method():
-    """Each flag is another number than its default and than every other flag's."""
-    words = ("--beta", 7, "--beta-range", 2, 3, "--loss-warmup", 4, "--kd_T", 5, "--alpha-range", 0.25, 1.5)
-    words += ("--ced-beta", 9, "--ema", 0.8, "--history", 11, "--threshold", 0.4, "--quantile", 0.3, "--slope", 13)
-    given = {"beta": 7, "beta_range": [2, 3], "warmup_epochs": 4, "temperature": 5, "alpha_range": [0.25, 1.5]}
-    given |= {"ced_beta": 9, "ema": 0.8, "history": 11, "threshold": 0.4, "quantile": 0.3, "slope": 13}
-    given |= {"ced_temperature": 6}
-    assert constants("train_student_cifar", "--method", "dpcd", *words, "--ced-temperature", 6) == given
-    assert constants("train_student_cifar", "--standardize")["standardize"] is True
-
-
 TERMS = {
     "hsakd": {"task", "aux_kl", "logit_kl"},
     "hsakd_dist": {"task", "aux_kl", "logit_dist"},
@@ -287,14 +276,10 @@ def test_every_method_trains_is_saved_and_resumes(tmp_path, method):
     for root, *flags in (("a", "--epochs", 2), ("b", "--epochs", 1), ("b", "--epochs", 2, "--resume")):
         run("train_student_cifar", *command, *flags, "--checkpoint-dir", tmp_path / root)
     folders = [tmp_path / root / f"train_student_cifar_tarch_resnet8_aux_arch_{arch}_{SEED}" for root in "ab"]
-    assert log_lines(folders[0])[-1] == log_lines(folders[1])[-1]
+    assert_same_run(folders[1], folders[0])
     terms = {key.removeprefix("train/") for key in log_lines(folders[0])[0] if key.startswith("train/")}
     assert {name for name in terms if not name.endswith(("top1", "_joint", "_class"))} == {*TERMS[method], "loss"}
-    first, second = (utils.Checkpoint(folder / f"{arch}.pth.tar") for folder in folders)
-    assert_equal(second.state, first.state)
-    assert_equal(second.content["objective"], first.content["objective"])
-    assert first.content["method"] == method
-    held = first.content["objective"].keys()
+    held = checkpoint(folders[0])["objective"].keys()
     assert held >= HELD[method] if method in HELD else not held
 
 
