@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import global_pool
+from models.layers import Backbone, global_pool
 
 MOST_OTHER_TOKENS = 8  # class, distillation and register tokens beside those of the image
 
@@ -163,9 +163,15 @@ def stage_features(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Ten
     `net` is a backbone of `models`, an `AuxiliaryNet` or a network whose stages `models.read_stages` has found.
     """
     net = backbone_of(net)
-    if (reader := vars(net).get("stage_reader")) is None:
+    reader = vars(net).get("stage_reader")
+    if reader is None and isinstance(net, Backbone):
         taps, embedding = net.features(x)
         return taps, embedding, net.head(embedding)
+    if reader is None:
+        unknown = (
+            f"the stages of {type(net).__name__} are not known (models.read_stages finds those that can be traced)"
+        )
+        raise ValueError(f"{unknown}; --method kd and dkd need none")
     taps, embedding, logits = reader(net, x)
     maps = [as_map(tap, layout) for tap, layout in zip(taps, reader.layouts, strict=True)]
     return maps, pooled(embedding), logits

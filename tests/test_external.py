@@ -315,6 +315,19 @@ def test_networks_of_files_may_name_their_parts_as_they_like(tmp_path, monkeypat
     assert found["backbone"] == found["with_heads"]
 
 
+def test_a_network_that_cannot_be_traced_serves_methods_without_stages(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "from test_external import Untraceable\n\ndef net(num_classes):\n    return Untraceable(num_classes)\n"
+    (tmp_path / "own.py").write_text(code)
+    teacher = save_teacher(tmp_path / "t.pth", "resnet8")
+    words = (*QUICK_RUN, "--tarch", "resnet8", "--tcheckpoint", teacher, "--arch", "own.py:net")
+    assert status("train_student_cifar", *words, "--method", "kd") == 0
+    capsys.readouterr()
+    assert status("train_student_cifar", *words, "--method", "fitnet", "--tag", "fitnet") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train_student")]
+    assert "Untraceable" in line
+
+
 def test_the_example_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

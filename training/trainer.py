@@ -111,7 +111,10 @@ class Trainer:
         objective.to(device)
         if type(objective).prepare is not Objective.prepare:
             count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
-            objective.prepare(self.model, next(iter(self.train))[0].to(device), count)
+            try:
+                objective.prepare(self.model, next(iter(self.train))[0].to(device), count)
+            except ValueError as error:  # networks that it cannot teach
+                raise UserError(f"{objective.name}: {error}") from None
             objective.to(device)
         self.step = TrainingStep(self)
         self.ema = Average(self.model, self.step.optimizer, self.ema_decay) if self.ema_decay is not None else None
