@@ -168,10 +168,8 @@ def stage_features(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Ten
         taps, embedding = net.features(x)
         return taps, embedding, net.head(embedding)
     if reader is None:
-        unknown = (
-            f"the stages of {type(net).__name__} are not known (models.read_stages finds those that can be traced)"
-        )
-        raise ValueError(f"{unknown}; --method kd and dkd need none")
+        advice = "models.read_stages finds them if it can be traced; --method kd and dkd need none"
+        raise ValueError(f"the stages of {type(net).__name__} are not known: {advice}")
     taps, embedding, logits = reader(net, x)
     maps = [as_map(tap, layout) for tap, layout in zip(taps, reader.layouts, strict=True)]
     return maps, pooled(embedding), logits
