@@ -100,9 +100,8 @@ class RunFolder:
         free = (FREE_ARGUMENTS | ROUNDING_ARGUMENTS) - fixed | set(self.settings.get("override") or ())
         changed = differences(settings, self.settings, free)
         if changed:
-            raise UserError(
-                f"--resume: {self.path} was run with other settings ({', '.join(changed)}): use --tag or --override"
-            )
+            listed = ", ".join(changed)
+            raise UserError(f"--resume: {self.path} was run with other settings ({listed}): use --tag or --override")
         for change in differences(settings, self.settings, FREE_ARGUMENTS - {"num_workers"}):
             warn(f"--resume: {change}")
         self.before = settings

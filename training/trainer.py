@@ -16,7 +16,7 @@ from training import distributed, launch, start, state, teacher_cache
 from training.ema import Average
 from training.metrics import Totals, best_line, evaluate, is_finite, peak_memory, summary
 from training.optim import Factory, optimizer_factory, rate_factor, set_rate
-from training.precision import TYPES, resolve_precision, type_name
+from training.precision import resolve_precision, type_name
 from training.progress import Progress
 from training.run_folder import RunFolder, RunLog
 from training.step import TrainingStep
@@ -87,9 +87,7 @@ class Trainer:
         self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, nn.Module) else None
         distributed.check_same(state.shaping(self), self.world)
         saved = state.claim(self) if self.run and not self.evaluate else None
-        self.precision = resolve_precision(self.amp, self.world.device)
-        if saved and self.amp == "auto":
-            self.precision = TYPES.get(saved.content.get("precision"), self.precision)
+        self.precision = self.precision_of(saved)
         self.build()
         if saved:
             state.resume(self, saved)
@@ -100,6 +98,10 @@ class Trainer:
             self.run.write_settings(self.epoch, opening)
         if self.cache:
             teacher_cache.prepare(self.cache, self)
+
+    def precision_of(self, saved: utils.Checkpoint | None) -> torch.dtype:
+        """Return the type to compute in: that of the run that is resumed or tested, unless one is asked for."""
+        return resolve_precision(self.amp, self.world.device, saved and saved.content.get("precision"))
 
     def build(self) -> None:
         """Move the networks to the device, and build what trains them."""
@@ -202,9 +204,7 @@ class Trainer:
         for item in left:
             index = item[2] if len(item) > 2 else None
             if index is None and self.objective.needs_index:
-                raise UserError(
-                    f"{self.objective.name} needs batches with the images' numbers: (images, labels, index)"
-                )
+                raise UserError(f"{self.objective.name} needs the images' numbers: (images, labels, index)")
             taught = self.cache.rows(index, item[3]) if self.cache else None
             yield Batch(item[0], item[1], epoch, index, taught)
 
@@ -223,20 +223,15 @@ class Trainer:
             self.save()
             self.saved_at = time.monotonic()
         if stopped:
-            at = (
-                f"epoch {epoch + 1}, step {self.step_in_epoch}"
-                if self.resumable
-                else f"the last finished epoch, {epoch}"
-            )
-            print_main(f"stopped by a signal; saved at {at}: continue with --resume")
+            step = self.step_in_epoch if self.resumable else 0
+            print_main(f"stopped by a signal; --resume continues at epoch {epoch + 1}, step {step}")
             raise stop.preempted()
 
     def check_finite(self, epoch: int) -> None:
         """Raise UserError if training has diverged, before anything of that is saved."""
         if not is_finite(self.model, self.totals):
-            raise UserError(
-                f"training diverged in epoch {epoch + 1}: lower --init-lr, or --resume --override init_lr=RATE"
-            )
+            advice = "lower --init-lr, or --resume --override init_lr=RATE"
+            raise UserError(f"training diverged in epoch {epoch + 1}: {advice}")
 
     def tests(self, model: nn.Module, heads: bool = False) -> dict[str, dict[str, float]]:
         """Return what `evaluate` finds on the images that are held out, `val`, if there are any, and on `test`."""
@@ -279,12 +274,9 @@ class Trainer:
         if not path.exists():
             raise UserError(f"--evaluate: nothing has been trained in {self.run.path} yet")
         checkpoint = utils.load_weights(self.model, path)
-        precision = (
-            TYPES.get(checkpoint.content.get("precision"), self.precision) if self.amp == "auto" else self.precision
-        )
+        precision = self.precision_of(checkpoint)
         net = checkpoint.best_net if self.val is not None else None
         means = evaluate(self.model, self.test, self.world.device, precision, heads=True, net=net)
-        print_main(
-            f"{path}, {type_name(precision)}: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())
-        )
+        listed = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+        print_main(f"{path}, {type_name(precision)}: {listed}")
         return means
