@@ -187,6 +187,10 @@ class Objective:
         """Return the terms of a batch, and of each trained network its outputs, the logits of un-rotated rows alone."""
         raise NotImplementedError
 
+    def best_by(self, model: nn.Module) -> str:
+        """Return what the best epoch is chosen by: "top1", the backbone's, or "joint", that of the best head."""
+        return "top1"
+
     def __call__(
         self,
         model: nn.Module,

@@ -245,7 +245,7 @@ class Trainer:
 
     def test_epoch(self, epoch: int) -> dict[str, Any]:
         """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals."""
-        rule = self.objective.best_by
+        rule = self.objective.best_by(self.model)
         heads = rule == "joint" or (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.epochs
         record = {}
         for name, means in self.tests(self.model, heads).items():
