@@ -65,7 +65,7 @@ def main(args, world):
         "images_per_second": images.total / seconds,
     }
     if args.confusion and world.is_main:
-        from tools.confusion import draw_confusion  # matplotlib takes a second
+        from tools.figures import draw_confusion  # matplotlib takes a second
 
         draw_confusion(matrix, images.classes, args.confusion)
     classes = by_class(matrix, images.classes)

@@ -14,6 +14,7 @@ import models
 from scripts import QUICK, QUICK_RUN, run, save_teacher
 from tools import analyse
 from tools.measures import Answers, agreement, ask, by_class, confusion, divergence, overview, reliability
+from tools.sections import EXTREMES
 
 
 def answers(rows, name="a"):
@@ -63,7 +64,7 @@ def test_answers_by_rotation():
     torch.manual_seed(0)
     network = models.create("resnet8_aux", 10).eval()
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
-    found, targets = ask("a", network, [(images[:4], labels[:4]), (images[4:], labels[4:])], torch.device("cpu"))
+    found, targets = ask("a", network, [(images[:4], labels[:4]), (images[4:], labels[4:])], torch.device("cpu"), True)
     assert torch.equal(targets, labels) and found.embeddings.shape == (6, 64)
     with torch.no_grad():
         for turns in range(4):
@@ -88,7 +89,7 @@ def test_a_page_of_runs_stands_alone(tmp_path, capsys):
     words = ["--weights", next(hsakd), plain, next(pair), "--teacher", teacher, "--tarch", "resnet8_aux"]
     analyse.main(analyse.parse_args([*map(str, words), "--out", f"{tmp_path}/page.html"]))
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert check_standalone(html) == 9 + 3 * analyse.EXTREMES
+    assert check_standalone(html) == 9 + 3 * EXTREMES
     titles = "Overview, Learning curves, Heads over the epochs, Accuracy by class, Confusion, Calibration, "
     titles += "Agreement with the teacher, Rotated images, hssakd differs most"
     assert all(title in html for title in titles.split(", "))

@@ -1,5 +1,6 @@
 """What networks answer on the test images, and figures of it: pure functions of their class logits."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses import joint_labels, rotate
-from models import AuxiliaryNet, backbone_of
+from methods.base import split_outputs
+from models import stage_features
 from training.metrics import class_logits
 
 BINS = 15
@@ -25,11 +27,6 @@ class Answers:
     embeddings: Tensor | None = None  # (n, D)
 
     @property
-    def probabilities(self) -> Tensor:
-        """The softmax of the logits."""
-        return self.logits.softmax(1)
-
-    @property
     def classes(self) -> Tensor:
         """The answers (n,)."""
         return self.logits.argmax(1)
@@ -40,32 +37,27 @@ class Answers:
 
 
 @torch.no_grad()
-def ask(name: str, network: nn.Module, batches: Iterable, device: torch.device) -> tuple[Answers, Tensor]:
-    """Return a network's answers on all test images, and their labels (n,)."""
-    backbone, heads = backbone_of(network), isinstance(network, AuxiliaryNet)
+def ask(
+    name: str, network: nn.Module, batches: Iterable, device: torch.device, embed: bool = False
+) -> tuple[Answers, Tensor]:
+    """Return a network's answers on all test images, if asked for with their embeddings, and the labels (n,)."""
     logits, embeddings, labels, right = [], [], [], {}
     for images, targets in batches:
-        views, targets = rotate(images.to(device)), targets.to(device)
-        taps, embedding = backbone.features(views)
-        answers = backbone.head(embedding)
-        count_hits(right, "classes", answers.argmax(1) == targets.repeat_interleave(4))
-        aux_logits = network.auxiliary_classifier(taps) if heads else []
-        for number, aux in enumerate(aux_logits, 1):
-            by_class = class_logits(aux, network.rotations)
-            count_hits(right, f"head {number}, class", by_class.argmax(1) == targets.repeat_interleave(4))
+        images, targets = images.to(device), targets.to(device)
+        outputs, repeated = split_outputs(network(rotate(images))), targets.repeat_interleave(4)
+        hits = {"classes": outputs.logits.argmax(1) == repeated}
+        for number, aux in enumerate(outputs.aux_logits, 1):
+            hits[f"head {number}, class"] = class_logits(aux, network.rotations).argmax(1) == repeated
             if network.rotations == 4:
-                count_hits(right, f"head {number}, class and rotation", aux.argmax(1) == joint_labels(targets))
-        logits.append(answers[::4].float().cpu())
-        embeddings.append(embedding[::4].float().cpu())
+                hits[f"head {number}, class and rotation"] = aux.argmax(1) == joint_labels(targets)
+        for key, found in hits.items():
+            right.setdefault(key, []).append(found.view(-1, 4).cpu())
+        logits.append(outputs.logits[::4].float().cpu())
+        embeddings += [stage_features(network, images)[1].float().cpu()] if embed else []
         labels.append(targets.cpu())
-    labels = torch.cat(labels)
-    shares = {key: (100 * hits / len(labels)).tolist() for key, hits in right.items()}
-    return Answers(name, torch.cat(logits), shares, embeddings=torch.cat(embeddings)), labels
-
-
-def count_hits(right: dict[str, Tensor], name: str, hits: Tensor) -> None:
-    """Add hits (4 * B,), of images in the order of `rotate`, to the sums by rotation."""
-    right[name] = right.get(name, 0) + hits.view(-1, 4).sum(0).double().cpu()
+    shares = {key: (100 * torch.cat(found).double().mean(0)).tolist() for key, found in right.items()}
+    embedded = torch.cat(embeddings) if embed else None
+    return Answers(name, torch.cat(logits), shares, embeddings=embedded), torch.cat(labels)
 
 
 def reliability(answers: Answers, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -73,7 +65,7 @@ def reliability(answers: Answers, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     The confidence is the probability of the answer; the bins are of equal width (Guo et al., ICML 2017).
     """
-    confidence = answers.probabilities.amax(1).double()
+    confidence = answers.logits.softmax(1).amax(1).double()
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     count = bins.bincount(minlength=BINS)
     means = [
@@ -113,14 +105,9 @@ def confusion(answers: Answers, labels: Tensor) -> Tensor:
 def divergence(first: Answers, second: Answers) -> Tensor:
     """Return the Jensen-Shannon divergence (n,) of two networks' class probabilities, in bits: from 0 to 1."""
     logs = [answers.logits.double().log_softmax(1) for answers in (first, second)]
-    middle = torch.logaddexp(*logs) - torch.log(torch.tensor(2.0))
+    middle = torch.logaddexp(*logs) - math.log(2)
     each = [F.kl_div(middle, log, reduction="none", log_target=True).sum(1) for log in logs]
-    return (sum(each) / 2 / torch.log(torch.tensor(2.0))).clamp(0, 1)
-
-
-def class_correlation(answers: Answers) -> Tensor:
-    """Return the correlations (N, N) of the classes' logits over the images."""
-    return torch.corrcoef(answers.logits.T.double())
+    return (sum(each) / 2 / math.log(2)).clamp(0, 1)
 
 
 def overview(answers: Answers, teacher: Answers, labels: Tensor) -> dict[str, float]:

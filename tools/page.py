@@ -1,7 +1,12 @@
 """A self-contained web page of titles, sentences, tables and pictures."""
 
+import base64
+import io
 from dataclasses import dataclass, field
 from html import escape
+
+from matplotlib.figure import Figure
+from PIL import Image
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; color: #222; }
@@ -28,8 +33,8 @@ class Section:
     title: str
     text: str
     tables: list[tuple[list[str], list[list[str]]]] = field(default_factory=list)  # head, rows
-    pictures: list[tuple[str, str]] = field(default_factory=list)  # data: URI, caption
-    cards: list[tuple[str, str]] = field(default_factory=list)  # data: URI, lines of text
+    pictures: list[tuple[Figure, str]] = field(default_factory=list)  # and caption
+    cards: list[tuple[Image.Image, str]] = field(default_factory=list)  # and lines of text
 
     @property
     def anchor(self) -> str:
@@ -37,7 +42,6 @@ class Section:
         return "".join(letter if letter.isalnum() else "-" for letter in self.title.lower())
 
     def html(self) -> str:
-        """Return its HTML."""
         parts = [f'<section><h2 id="{self.anchor}">{escape(self.title)}</h2><p>{escape(self.text)}</p>']
         shown = [table(*content) for content in self.tables] + [picture(*content) for content in self.pictures]
         for name, blocks in (("row", shown), ("cards", [picture(*content) for content in self.cards])):
@@ -46,9 +50,14 @@ class Section:
         return "\n".join([*parts, "</section>"])
 
 
-def picture(uri: str, caption: str) -> str:
+def picture(content: Figure | Image.Image, caption: str) -> str:
     """Return the HTML of a picture and its caption, which also describes it to those who cannot see it."""
-    lines = escape(caption).replace("\n", "<br>")
+    file, lines = io.BytesIO(), escape(caption).replace("\n", "<br>")
+    if isinstance(content, Figure):
+        content.savefig(file, format="png", dpi=160, bbox_inches="tight")
+    else:
+        content.save(file, "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     return f'<figure><img src="{uri}" alt="{escape(caption)}"><figcaption>{lines}</figcaption></figure>'
 
 
