@@ -218,8 +218,8 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def loss_settings(args: argparse.Namespace, data: Any) -> dict[str, Any]:
     """Return the keyword arguments of an objective by which the command line shapes its cross-entropy on `data`."""
-    weights = {"class_weights": data.class_weights} if args.class_weights else {}
-    return {**weights, **({"label_smoothing": args.label_smoothing} if args.label_smoothing else {})}
+    weights = data.class_weights if args.class_weights else None
+    return {"class_weights": weights, "label_smoothing": args.label_smoothing}
 
 
 def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """How far an epoch has come: a bar on a terminal, else a line every two minutes."""
 
-import sys
 import time
 from collections.abc import Callable
 
@@ -15,9 +14,8 @@ class Progress:
 
     def __init__(self, title: str, step: int, steps: int, is_main: bool, measure: Callable[[], dict[str, float]]):
         self.title, self.step, self.steps, self.measure = title, step, steps, measure
-        shown = is_main and sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=step, desc=title, disable=not shown)
-        self.next_line = time.monotonic() + LINE_EVERY if is_main and not shown else float("inf")
+        self.bar = tqdm(total=steps, initial=step, desc=title, disable=None if is_main else True)  # None: on a terminal
+        self.next_line = time.monotonic() + LINE_EVERY if is_main and self.bar.disable else float("inf")
 
     def update(self) -> None:
         """Count one step, and show it if it is time to."""
