@@ -12,10 +12,12 @@ import os
 import sys
 from itertools import islice
 
+import torch
+
 import imagesets
 import options
 from options.parser import DATASETS, dataset
-from tools import exporting, onnx_files, trained
+from tools import exporting, trained
 from training import launch
 from utils import UserError, World, warn
 
@@ -43,7 +45,8 @@ def parse_args(argv=None):
 
 def main(args, _):
     """Write the file and check it, on the CPU."""
-    exporting.check_packages(args.format)
+    if args.format == "onnx":
+        exporting.check_packages()
     network = trained.load(args, World())
     train, test = (None, None) if args.images else read_data(args, network)
     images = sample(args, network, test)
@@ -52,15 +55,15 @@ def main(args, _):
     runs = {"PyTorch": plain, args.output: exporting.read_back(plain, args.format, args.output)}
     found = exporting.compare(plain, runs[args.output], images)
     if not found.is_close:
-        exporting.remove(args.output)
+        os.remove(args.output)
+        os.remove(f"{args.output}.json")
         warn(f"{args.output}: its logits differ by {found.difference:.3g}, the largest is {found.largest:.3g}: removed")
         sys.exit(1)
     if args.int8:
         quantized = "_int8".join(os.path.splitext(args.output))
         batches = (batch[0] for batch in islice(train, -(-CALIBRATED // args.batch_size)))
-        onnx_files.quantize(args.output, quantized, batches, network.preprocessing)
-        exporting.describe(quantized, network.preprocessing)
-        runs[quantized] = onnx_files.runner(quantized)
+        exporting.quantize(args.output, quantized, batches, network.preprocessing)
+        runs[quantized] = exporting.read_back(plain, args.format, quantized)
     print("\n".join(exporting.table(runs, images)))
     if args.int8:
         for name, run in runs.items():
@@ -88,10 +91,11 @@ def read_data(args, network):
 def sample(args, network, test):
     """Return some images (B, 3, S, S), evenly spaced, of the test set or of the folder --images."""
     if test:
-        return exporting.joined(batch[0] for batch in test.some(COMPARED))
+        return torch.cat([images for images, _ in test.some(COMPARED)]).contiguous()
     files = trained.image_files([args.images])
     files = files[:: -(-len(files) // COMPARED)]
-    return exporting.joined(images for images, _ in network.read(files, args.batch_size, args.num_workers, World()))
+    read = network.read(files, args.batch_size, args.num_workers, World())
+    return torch.cat([images for images, _ in read]).contiguous()
 
 
 if __name__ == "__main__":

@@ -1,36 +1,53 @@
-"""Trained networks in files for other programs: written, read back, compared with the network, and timed."""
+"""Trained networks in files for other programs: written, read back, compared with the network, and timed.
 
+What has to do with ONNX needs the packages of requirements-extra.txt.
+"""
+
+import contextlib
 import copy
-import importlib
+import importlib.util
 import json
+import logging
 import os
-import time
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
-from tools import onnx_files
 from utils import UserError, first_line, replacing
 
 FORMATS = ("onnx", "pt2", "safetensors", "state_dict")
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
+INPUT, OUTPUT = "images", "logits"
 TOLERANCE = 1e-3  # of the largest logit
 BATCH = 32
 SECONDS = 0.5  # that a measurement of speed lasts
-METADATA = "preprocessing"  # the name of the metadata in files of both kinds
+METADATA = "preprocessing"  # its name in .pt2 and .safetensors files
 
 Run = Callable[[Tensor], Tensor]
 
 
-def check_packages(kind: str) -> None:
-    """Raise UserError unless what a format needs is installed."""
-    for name in PACKAGES.get(kind, ()):
+def check_packages() -> None:
+    """Raise UserError unless what ONNX files need is installed."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if not importlib.util.find_spec(name):
+            raise UserError(f"--format onnx needs {name}: pip install -r requirements-extra.txt")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what exporters and quantizers say of their own work."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            importlib.import_module(name)
-        except ImportError:
-            raise UserError(f"--format {kind} needs {name}: pip install -r requirements-extra.txt") from None
+            yield
+        finally:
+            logging.disable(before)
 
 
 def plain(network: nn.Module) -> nn.Module:
@@ -38,34 +55,31 @@ def plain(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).to("cpu", memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
-def write(network: nn.Module, kind: str, path: str | os.PathLike, size: int, metadata: dict[str, Any]) -> None:
+def write(network: nn.Module, kind: str, path: str, size: int, metadata: dict[str, Any]) -> None:
     """Write a `plain` network for images of `size` pixels a side to `path`, and `metadata` into it and to `path`.json.
 
     A state_dict file is the bare dict of tensors, which has no room for metadata. UserError for a network that cannot
     be exported.
     """
+    example, shapes = (torch.zeros(2, 3, size, size),), ({0: torch.export.Dim("batch")},)
+    names = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": shapes}
     try:
-        if kind == "onnx":
-            onnx_files.write(network, size, metadata, path)
-        elif kind == "pt2":
-            write_program(network, size, metadata, path)
-        else:
-            write_tensors(network, kind, metadata, path)
+        with quiet():
+            if kind == "onnx":
+                program = torch.onnx.export(network, example, dynamo=True, verbose=False, **names)
+                save_onnx(program.model_proto, metadata, path)
+            elif kind == "pt2":
+                program = torch.export.export(network, example, dynamic_shapes=shapes)
+                with replacing(path) as file:
+                    torch.export.save(program, file, extra_files={f"{METADATA}.json": json.dumps(metadata)})
+            else:
+                write_tensors(network, kind, metadata, path)
     except RuntimeError as error:
         raise UserError(f"--format {kind}: the network cannot be exported ({first_line(error)})") from None
     describe(path, metadata)
 
 
-def write_program(network: nn.Module, size: int, metadata: dict[str, Any], path: str | os.PathLike) -> None:
-    """Write a network as torch.export's program of any batch size."""
-    example, shapes = (torch.zeros(2, 3, size, size),), ({0: torch.export.Dim("batch")},)
-    with onnx_files.quiet():
-        program = torch.export.export(network, example, dynamic_shapes=shapes)
-    with replacing(path) as file:
-        torch.export.save(program, file, extra_files={f"{METADATA}.json": json.dumps(metadata)})
-
-
-def write_tensors(network: nn.Module, kind: str, metadata: dict[str, Any], path: str | os.PathLike) -> None:
+def write_tensors(network: nn.Module, kind: str, metadata: dict[str, Any], path: str) -> None:
     """Write a network's weights, each with memory of its own, as safetensors or by torch.save."""
     tensors = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
     with replacing(path) as file:
@@ -77,41 +91,66 @@ def write_tensors(network: nn.Module, kind: str, metadata: dict[str, Any], path:
             torch.save(tensors, file)
 
 
-def describe(path: str | os.PathLike, metadata: dict[str, Any]) -> None:
+def save_onnx(model: Any, metadata: dict[str, Any], path: str) -> None:
+    """Write an ONNX model with each entry of its metadata as JSON, whole or not at all."""
+    import onnx
+
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in metadata.items()})
+    with replacing(path) as file:
+        file.write(model.SerializeToString())
+
+
+def describe(path: str, metadata: dict[str, Any]) -> None:
     """Write `path`.json."""
     with replacing(f"{path}.json", "w") as file:
         file.write(json.dumps(metadata, indent=1) + "\n")
 
 
-def remove(path: str | os.PathLike) -> None:
-    """Remove a file that `write` wrote, and the one beside it."""
-    os.remove(path)
-    os.remove(f"{path}.json")
+def quantize(path: str, quantized: str, batches: Iterator[Tensor], metadata: dict[str, Any]) -> None:
+    """Write the network of the ONNX file `path` with 8-bit weights and activations (QDQ) to the file `quantized`.
+
+    The ranges of the activations are those that batches of images (B, 3, S, S) cause.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Batches(CalibrationDataReader):
+        """Hands out the batches as onnxruntime asks for them."""
+
+        def get_next(self):
+            return next(({INPUT: batch.contiguous().numpy()} for batch in batches), None)
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        prepared, found = os.path.join(folder, "prepared.onnx"), os.path.join(folder, "quantized.onnx")
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(prepared, found, Batches(), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
+        save_onnx(onnx.load(found), metadata, quantized)
+    describe(quantized, metadata)
 
 
-def read_back(network: nn.Module, kind: str, path: str | os.PathLike) -> Run:
-    """Return what a written file computes, images (B, 3, S, S) -> logits (B, N).
+def read_back(network: nn.Module, kind: str, path: str) -> Run:
+    """Return what a written file computes on the CPU, images (B, 3, S, S) float32 -> logits (B, N).
 
-    Weights alone are loaded into a copy of `network` that has none of its own.
+    Weights alone are loaded into a copy of `network`.
     """
     if kind == "onnx":
-        return onnx_files.runner(path)
+        import onnxruntime
+
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
     if kind == "pt2":
         return torch.export.load(path).module()
     if kind == "safetensors":
         from safetensors.torch import load_file as load
     else:
         load = torch.load
-    blank = copy.deepcopy(network)
-    for value in blank.state_dict().values():
-        value.zero_()
-    blank.load_state_dict(load(path))
-    return blank
-
-
-def joined(batches: Iterable[Tensor]) -> Tensor:
-    """Return batches of images as one (B, 3, S, S), in the layout of `plain`."""
-    return torch.cat(list(batches)).contiguous()
+    network = copy.deepcopy(network)
+    network.load_state_dict(load(path))
+    return network
 
 
 class Comparison(NamedTuple):
@@ -141,15 +180,11 @@ def compare(first: Run, second: Run, images: Tensor) -> Comparison:
     return Comparison(len(images), equal, (ours - theirs).abs().max().item(), ours.abs().max().item())
 
 
-def rate(run: Run, images: Tensor) -> float:
-    """Return the images per second of a network on a batch of images (B, 3, S, S), after a first pass."""
-    with torch.no_grad():
-        run(images)
-        began, passes = time.perf_counter(), 0
-        while (spent := time.perf_counter() - began) < SECONDS:
-            run(images)
-            passes += 1
-    return passes * len(images) / spent
+@torch.no_grad()
+def seconds(run: Run, images: Tensor) -> float:
+    """Return the seconds in which a network computes a batch of images (B, 3, S, S)."""
+    timer = Timer("run(images)", globals={"run": run, "images": images}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=SECONDS).median
 
 
 def top1(run: Run, batches: Iterable) -> float:
@@ -165,8 +200,7 @@ def table(runs: dict[str, Run], images: Tensor) -> Iterator[str]:
     yield f"{'':{width}}      MB  largest difference  equal decisions  ms an image  images/s in batches of {BATCH}"
     for name, run in runs.items():
         size = os.path.getsize(name) if run is not first else sum(t.nbytes for t in first.state_dict().values())
-        found = compare(first, run, images)
-        equal = f"{found.equal} of {found.images}"
-        difference = f"{found.difference:.1e} of {found.largest:.3g}"
-        single, batched = rate(run, images[:1]), rate(run, images[:BATCH])
-        yield f"{name:{width}}  {size / 1e6:6.2f}  {difference:>18}  {equal:>15}  {1000 / single:11.3f}  {batched:.0f}"
+        found, part = compare(first, run, images), images[:BATCH]
+        cells = f"{found.difference:.1e} of {found.largest:.3g}", f"{found.equal} of {found.images}"
+        shown = f"{name:{width}}  {size / 1e6:6.2f}  {cells[0]:>18}  {cells[1]:>15}"
+        yield f"{shown}  {1000 * seconds(run, images[:1]):11.3f}  {len(part) / seconds(run, part):.0f}"
