@@ -1,17 +1,13 @@
 """Which networks of timm can be given auxiliary branches (two of every family), or what the branches of some cost.
 
-    python tools/survey_timm.py [FAMILY ...]
-    python tools/survey_timm.py --costs torchvision/resnet18 timm/vit_tiny_patch16_224 ...
+    python -m tools.survey_timm
+    python -m tools.survey_timm --costs torchvision/resnet18 timm/vit_tiny_patch16_224 ...
 
 No weights are stored: everything is built on the meta device. Prints a table in Markdown.
 """
 
 import argparse
-import sys
 import warnings
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm
 import torch
@@ -19,18 +15,10 @@ from torch import nn
 
 import models
 from models.hub import default_size
-from training.metrics import multiply_adds
+from training.metrics import cost
+from utils import first_line
 
 NUM_CLASSES = 100
-
-
-def two_of_each(families: list[str]) -> list[tuple[str, str]]:
-    """Return (family, network): of each family the first name and the one in the middle."""
-    chosen = []
-    for family in families or timm.list_modules():
-        names = timm.list_models(module=family)
-        chosen += [(family, name) for name in dict.fromkeys((names[0], names[len(names) // 2]))]
-    return chosen
 
 
 def create(name: str, **options: str) -> nn.Module:
@@ -52,41 +40,37 @@ def survey(name: str) -> str:
     """Return the taps of a network, or why it has none."""
     try:
         return shown_taps(create(f"timm/{name}_aux"))
-    except ValueError as error:
-        return f"no: {error}"
     except Exception as error:  # whatever timm's own code raises belongs into the table
-        return f"no: {type(error).__name__} {str(error).partition(chr(10))[0]}"
+        return f"no: {first_line(error)}"
 
 
 def costs(name: str) -> str:
     """Return a line of the table: parameters in millions and multiply-adds in millions, plain, copied, light."""
     size = default_size(name)
     networks = {branches: create(f"{name}_aux", branches=branches).eval() for branches in ("copy", "light")}
-    measured = []
-    for network in (networks["copy"].backbone, networks["copy"], networks["light"]):
-        parameters = sum(weight.numel() for weight in network.parameters())
-        measured.append((parameters / 1e6, multiply_adds(network, size) / 1e6))
-    numbers = [" / ".join(f"{value:.2f}" for value in column) for column in zip(*measured, strict=True)]
+    copied, light = (cost(network, size) for network in networks.values())
+    parts = copied["backbone"], copied["with_heads"], light["with_heads"]
+    numbers = [" / ".join(f"{part[key] / 1e6:.2f}" for part in parts) for key in ("parameters", "multiply_adds")]
     return f"| {name} | {size} | {shown_taps(networks['copy'])} | {' | '.join(numbers)} |"
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="timm's modules, by default all")
     parser.add_argument("--costs", nargs="+", metavar="NAME", help="print what the branches of these networks cost")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    for name in args.costs or []:
+    for name in args.costs or ():
         print(costs(name), flush=True)
-    if args.costs:
-        return
     found = []
-    for family, name in two_of_each(args.families):
-        found.append(survey(name))
-        print(f"| {family} | {name} | {found[-1]} |", flush=True)
-    worked = sum(not line.startswith("no:") for line in found)
-    print(f"{worked} of {len(found)} networks work ({100 * worked / len(found):.1f} %)")
+    for family in timm.list_modules() if not args.costs else ():
+        names = timm.list_models(module=family)
+        for name in dict.fromkeys((names[0], names[len(names) // 2])):
+            found.append(survey(name))
+            print(f"| {family} | {name} | {found[-1]} |", flush=True)
+    if found:
+        worked = sum(not line.startswith("no:") for line in found)
+        print(f"{worked} of {len(found)} networks work ({100 * worked / len(found):.1f} %)")
 
 
 if __name__ == "__main__":
