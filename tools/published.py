@@ -11,10 +11,6 @@ import models
 from training.run_folder import read_json
 
 TABLE = Path(__file__).resolve().parent.parent / "results" / "published_results.json"
-# Rows of the tables -> methods here.
-METHODS = {"KD": "kd", "FitNet": "fitnet", "CRD": "crd", "DPCD": "dpcd", "HSAKD": "hsakd", "HSAKD_joint": "hsakd*"}
-JOINT_ALONE = {"HSAKD": "hsakd*"}  # where only the joint teacher's student is published
-TEACHERS = {"teacher": "frozen", "teacher_joint": "joint"}
 
 
 class Label(NamedTuple):
@@ -71,36 +67,12 @@ def plain(arch: str) -> str:
 @functools.cache
 def published() -> dict[tuple, float | list]:
     """Return {(kind of script, data, plain network, method): top-1, or [mean, std]} of all published results."""
-    table, values = json.loads(TABLE.read_text()), {}
-
-    def add(kind, data, networks, block, rows, start=0):
-        for row, method in rows.items():
-            for network, number in zip(networks, block.get(row, [])[start:], strict=False):
-                values.setdefault((kind, data, network.replace("->", " -> "), method), number)
-
-    offline, online, dpcd = (table[name] for name in ("cifar100_offline", "cifar100_online", "dpcd_cifar100"))
-    for block in (offline, dpcd):
-        add("student", "cifar100", block["columns"], block, METHODS)
-    add("teacher", "cifar100", [pair.split("->")[0] for pair in offline["columns"]], offline, TEACHERS)
-    add("baseline", "cifar100", [pair.split("->")[1] for pair in offline["columns"]], offline, {"student": ""})
-    add("baseline", "cifar100", online["columns"], online, {"baseline": ""})
-    add("baseline", "cifar100", [pair.split("->")[1] for pair in dpcd["columns"]], dpcd, {"student": ""})
-    add("online", "cifar100", online["columns"], online, {"HSSAKD": ""})
-    few = table["cifar100_few_shot_resnet56->resnet20"]
-    for i, ratio in enumerate(few["ratio"]):
-        add("student", f"cifar100 ({ratio:.0%})", ["resnet56->resnet20"], few, METHODS | JOINT_ALONE, i)
-    transfer = table["transfer_mobilenetV2_from_vgg13"]
-    for i, data in enumerate(("cifar100 -> stl10", "cifar100 -> tinyimagenet")):
-        add("eval", data, ["mobilenetV2"], transfer, {"student": ""}, i)
-        for rows in (METHODS, JOINT_ALONE):  # the path alone does not say how the student's teacher was trained
-            add("eval", data, ["vgg13->mobilenetV2"], transfer, rows, i)
-    imagenet = table["imagenet_resnet34->resnet18"]
-    for rows in (METHODS, {"DPCD": "dpcd*"}):  # whose command reads the joint teacher
-        add("student", "imagenet", ["resnet34->resnet18"], imagenet, rows)
-    add("teacher", "imagenet", ["resnet34"], imagenet, TEACHERS)
-    add("baseline", "imagenet", ["resnet18"], imagenet, {"student": ""})
-    add("online", "imagenet", ["resnet18"], imagenet, {"HSSAKD_online_resnet18": ""})
-    return values
+    found = {}
+    for table in json.loads(TABLE.read_text())["tables"].values():
+        for method, values in table["rows"].items():
+            for network, value in zip(table["networks"], values, strict=True):
+                found.setdefault((table["kind"], table["data"], network, method), value)
+    return found
 
 
 def lookup(label: Label) -> str:
