@@ -22,13 +22,12 @@ import methods  # noqa: E402
 import models  # noqa: E402
 from imagesets import in_memory  # noqa: E402
 from imagesets.augment import CropFlip  # noqa: E402
-from imagesets.images import ImageSet  # noqa: E402
+from imagesets.images import ImageSet, Settings  # noqa: E402
 from training import Trainer, metrics, teacher_cache  # noqa: E402
 from training.precision import autocast, type_name  # noqa: E402
 from utils import World  # noqa: E402
 
-RATE = 0.001  # of learning: random labels are not to diverge
-SIZE, CLASSES = 32, 100
+SIZE, CLASSES, RATE = 32, 100, 0.001  # of images, of learning: random labels are not to diverge
 
 
 class Case(NamedTuple):
@@ -108,11 +107,12 @@ class Ours:
     def __init__(self, case: Case, world: World, path: str):
         images, (model, objective) = case.images(), case.create()
         views = None if path in ("default", "compile") else 1
-        train = in_memory.TrainBatches(images, CropFlip(SIZE), case.batch_size, 0, world, views=views)
+        batches = Settings(batch_size=case.batch_size, world=world, views=views)
+        train = in_memory.TrainBatches(images, CropFlip(SIZE), batches)
         first, labels, *_ = next(iter(train))
         self.path, self.folder = path, tempfile.TemporaryDirectory()
         settings = {"epochs": 1, "lr": RATE, "amp": case.amp, "compile": "compile" in path, "world": world}
-        settings |= {"teacher_cache": self.folder.name if "stored" in path else None}
+        settings["teacher_cache"] = self.folder.name if "stored" in path else None
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             self.trainer = Trainer(model, objective, train=train, test=[(first[:2], labels[:2])], **settings)
         self.precision = self.trainer.precision

@@ -68,18 +68,15 @@ def load(name: str, root: str = "./data", **settings: Any) -> Data:
         raise UserError(f"no training images: put them at {Path(root) / 'train'}/<class>/*")
     train, held_out = split(train, settings)
     if train.in_memory:
-        train = train.into_memory(settings.workers, settings.skip_bad_images)
+        train = train.into_memory(settings)
     if settings.mean == "auto":
         train = replace(train, statistics=measured_statistics(train, settings))
     augmentation = choose_augmentation(name, train, settings)
-    order = settings.batch_size, settings.seed, settings.world, settings.limit
-    views = {"views": settings.views, "views_seed": settings.views_seed}
     if train.in_memory:
-        augmented = augmentation.on_device(train.size, settings.crop_size or train.size)
-        batches = in_memory.TrainBatches(train, augmented, *order, **views)
+        batched = augmentation.on_device(train.size, settings.crop_size or train.size)
+        batches = in_memory.TrainBatches(train, batched, settings)
     else:
-        reading = {"workers": settings.workers, "skip_bad_images": settings.skip_bad_images}
-        batches = from_files.TrainBatches(train, augmentation, *order, **reading, **views)
+        batches = from_files.TrainBatches(train, augmentation, settings)
     mean, std = train.statistics
     info = {"dataset": name, "class_names": train.classes, "size": batches.size, "mean": mean, "std": std}
     info |= {"images": len(train), "augment": str(augmentation)}
@@ -101,15 +98,13 @@ def load_test(name: str, root: str = "./data", **settings: Any) -> Any:
 def test_batches(images: ImageSet, statistics: tuple, settings: Settings) -> Any:
     """Return batches of `images`, normalised by `statistics`, for a forward pass without gradient."""
     images = replace(images, statistics=statistics)
-    order = settings.batch_size, settings.world, settings.limit
-    reading = {"workers": settings.workers, "skip_bad_images": settings.skip_bad_images}
     if not images.in_memory:
-        return from_files.TestBatches(images, *order, **reading)
-    images = images.into_memory(**reading)
+        return from_files.TestBatches(images, settings)
+    images = images.into_memory(settings)
     if settings.crop_size:
         pixels = v2.functional.resize(images.pixels, [settings.crop_size] * 2)
         images = replace(images, size=settings.crop_size, pixels=pixels)
-    return in_memory.TestBatches(images, *order)
+    return in_memory.TestBatches(images, settings)
 
 
 def choose_augmentation(name: str, images: ImageSet, settings: Settings) -> Augmentation:
@@ -128,7 +123,7 @@ def choose_augmentation(name: str, images: ImageSet, settings: Settings) -> Augm
 
 def measured_statistics(images: ImageSet, settings: Settings) -> tuple:
     """Return the (mean, std) of the channels of `images`, of 1,000 at most."""
-    pixels = images.some(1000).into_memory(settings.workers, settings.skip_bad_images).pixels
+    pixels = images.some(1000).into_memory(settings).pixels
     means = torch.stack([torch.stack([x.mean((1, 2)), x.square().mean((1, 2))]) for x in (y / 255 for y in pixels)])
     mean, square = means.double().mean(0)
     std = (square - mean**2).sqrt().clamp(min=1 / 255)

@@ -1,10 +1,9 @@
 """Augmentation of whole batches on the device, distributed as torchvision's transforms."""
 
 import math
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from imagesets.randaugment import RandAugmented
@@ -30,14 +29,13 @@ class Augmentation(NamedTuple):
         return RandAugmented(found, self.cutout) if self.randaugment else found
 
 
+@dataclass
 class CropFlip:
     """Zero-padded random crop and horizontal flip: torchvision's RandomCrop(size, padding) + RandomHorizontalFlip."""
 
-    def __init__(self, size: int, padding: int = 4, flip: bool = True):
-        self.size, self.padding, self.flip = size, padding, flip
-
-    def __repr__(self):
-        return f"CropFlip({self.size}, {self.padding}, {self.flip})"
+    size: int
+    padding: int = 4
+    flip: bool = True
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Return (count, 3) int64: top and left of the crop in the padded image, and whether to flip."""
@@ -56,25 +54,22 @@ class CropFlip:
         return padded.flatten(2).gather(2, flat.expand(-1, c, -1)).view(b, c, self.size, self.size)
 
 
+@dataclass
 class ResizedCropFlip:
     """torchvision's RandomResizedCrop(size) + RandomHorizontalFlip of images with `source` pixels a side."""
 
-    SCALE, RATIO, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
-
-    def __init__(self, source: int, size: int, flip: bool = True):
-        self.source, self.size, self.flip = source, size, flip
-
-    def __repr__(self):
-        return f"ResizedCropFlip({self.source}, {self.size}, {self.flip})"
+    source: int
+    size: int
+    flip: bool = True
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Return (count, 5) int64: top, left, height and width of the crop, and whether to flip.
 
         Of ten boxes the first that fits is taken; a square image's fallback is all of it.
         """
-        shape = (count, self.ATTEMPTS)
-        area = self.source**2 * torch.empty(shape).uniform_(*self.SCALE, generator=generator)
-        ratio = torch.empty(shape).uniform_(*map(math.log, self.RATIO), generator=generator).exp()
+        shape = (count, 10)
+        area = self.source**2 * torch.empty(shape).uniform_(0.08, 1.0, generator=generator)
+        ratio = torch.empty(shape).uniform_(math.log(3 / 4), math.log(4 / 3), generator=generator).exp()
         sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().long()
         fits = ((sides > 0) & (sides <= self.source)).all(2)
         first = fits.int().argmax(1)
@@ -85,10 +80,15 @@ class ResizedCropFlip:
 
     def apply(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Crop, resize and flip `images` (B, 3, S, S) uint8, each by its row of `draws`: (B, 3, size, size) float32."""
-        return resize_boxes(images, draws[:, :4], self.size, draws[:, 4] == 1)
+        b, c, h, w = images.shape
+        top, left, height, width, flip = draws.unbind(1)
+        rows, columns = resampling(top, height, h, self.size), resampling(left, width, w, self.size)
+        columns = torch.where(flip.view(-1, 1, 1) == 1, columns.flip(1), columns)
+        narrow = torch.bmm(images.reshape(b, c * h, w).float(), columns.transpose(1, 2)).view(b, c, h, self.size)
+        return torch.matmul(rows.unsqueeze(1), narrow)
 
 
-def draw_flips(count: int, generator: torch.Generator, flip: bool = True) -> torch.Tensor:
+def draw_flips(count: int, generator: torch.Generator, flip: bool) -> torch.Tensor:
     """Return (count, 1) int64, 1 for an image to be mirrored."""
     return torch.randint(0, 2, (count, 1), generator=generator) if flip else torch.zeros(count, 1).long()
 
@@ -105,26 +105,3 @@ def resampling(start: torch.Tensor, length: torch.Tensor, source: int, size: int
     weights = (1 - (pixels - centres).abs() / scale.clamp(min=1)).clamp(min=0)
     weights = weights * ((pixels > 0) & (pixels < length))
     return weights / weights.sum(2, keepdim=True)
-
-
-def resize_boxes(
-    images: torch.Tensor, boxes: torch.Tensor, size: int, flip: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return the box (top, left, height, width) of every image, resized to `size` pixels a side and mirrored if `flip`.
-
-    `images` (B, 3, H, W) uint8, `boxes` (B, 4) int64, `flip` (B,) bool; returns (B, 3, size, size) float32.
-    """
-    b, c, h, w = images.shape
-    top, left, height, width = boxes.unbind(1)
-    rows, columns = resampling(top, height, h, size), resampling(left, width, w, size)
-    if flip is not None:
-        columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
-    narrow = torch.bmm(images.reshape(b, c * h, w).float(), columns.transpose(1, 2)).view(b, c, h, size)
-    return torch.matmul(rows.unsqueeze(1), narrow)
-
-
-def transformed(image: torch.Tensor, transform: Callable, key: int | Iterable[int]) -> torch.Tensor:
-    """Return `transform(image)` with torch's generator seeded by the whole numbers `key`, and left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
-        return transform(image)

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from imagesets.augment import Augmentation, transformed
-from imagesets.images import ImageSet
+from imagesets.augment import Augmentation
+from imagesets.images import ImageSet, Settings
 from imagesets.in_memory import Epochs, Normaliser, share_of_test
 from imagesets.randaugment import random_cut_out
 from utils import UserError, World
@@ -48,7 +49,7 @@ def training_transform(images: ImageSet, augmentation: Augmentation) -> Callable
 class Images(Dataset):
     """Item (number, key) -> (image (3, S, S) uint8, label, number, end of the key), or a line if it cannot be read.
 
-    The end of the key is the view, if views are fixed.
+    The key seeds the transform; its end is the view, if views are fixed.
     """
 
     def __init__(self, images: ImageSet, transform: Callable):
@@ -60,7 +61,9 @@ class Images(Dataset):
             image = self.images.decode(number)
         except UserError as error:
             return str(error)
-        return transformed(image, self.transform, key), self.images.labels[number], number, key[-1]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
+            return self.transform(image), self.images.labels[number], number, key[-1]
 
 
 def collate(found: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
@@ -134,12 +137,10 @@ class Reader:
 class TrainBatches(Epochs):
     """Training batches; an epoch can be entered at any step."""
 
-    def __init__(
-        self, images: ImageSet, augmentation: Augmentation, *order, workers: int, skip_bad_images: bool, **more
-    ):
-        super().__init__(images, *order, **more)
-        self.described = repr(augmentation)
-        self.reader = Reader(images, training_transform(images, augmentation), self.world, workers, skip_bad_images)
+    def __init__(self, images: ImageSet, augmentation: Augmentation, settings: Settings):
+        super().__init__(images, augmentation, settings)
+        transform = training_transform(images, augmentation)
+        self.reader = Reader(images, transform, self.world, settings.workers, settings.skip_bad_images)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield (images, labels, index) of this rank from step `start` of `epoch` on, and the views if fixed."""
@@ -171,11 +172,13 @@ class TestBatches:
 
     __test__ = False
 
-    def __init__(self, images: ImageSet, batch_size: int, world: World, limit: int | None, **reading):
+    def __init__(self, images: ImageSet, settings: Settings):
         self.classes, self.size, self.statistics = images.classes, images.size, images.statistics
-        self.reader = Reader(images, images.fitting(), world, **reading)
-        mine, self.total = share_of_test(len(images), limit and limit * batch_size, world)
-        self.batches = [[(i, (0,)) for i in part.tolist()] for part in mine.split(max(batch_size // world.size, 1))]
+        limit, world = settings.limit and settings.limit * settings.batch_size, settings.world
+        self.reader = Reader(images, images.fitting(), world, settings.workers, settings.skip_bad_images)
+        mine, self.total = share_of_test(len(images), limit, world)
+        parts = mine.split(max(settings.batch_size // world.size, 1))
+        self.batches = [[(number, (0,)) for number in part.tolist()] for part in parts]
 
     def __len__(self):
         return len(self.batches)

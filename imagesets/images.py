@@ -134,8 +134,8 @@ class ImageSet:
         resized = v2.Resize(None, max_size=self.size) if pad else v2.Resize(round(self.size * self.margin))
         return v2.Compose([resized, v2.CenterCrop(self.size)])
 
-    def into_memory(self, workers: int, skip_bad_images: bool = False) -> "ImageSet":
-        """Return the set with its pixels, read by `workers` threads; unreadable images may be left out."""
+    def into_memory(self, settings: Settings) -> "ImageSet":
+        """Return the set with its pixels, read by threads; unreadable images may be left out."""
         if self.pixels is not None:
             return self
         fit, pixels = self.fitting(), torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
@@ -144,13 +144,13 @@ class ImageSet:
             try:
                 pixels[number] = fit(self.decode(number))
             except UserError as error:
-                if not skip_bad_images:
+                if not settings.skip_bad_images:
                     raise UserError(f"{error}; --skip-bad-images leaves it out") from None
                 warn(f"skipped: {error}")
                 return False
             return True
 
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
+        with ThreadPoolExecutor(max(settings.workers, 1)) as pool:
             readable = torch.tensor(list(pool.map(read, range(len(self)))))
         read_set = replace(self, pixels=pixels, paths=None)
         if readable.all():

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from imagesets.augment import CropFlip, ResizedCropFlip
-from imagesets.images import ImageSet
+from imagesets.images import ImageSet, Settings
+from imagesets.randaugment import RandAugmented
 from utils import UserError, World
 
 TEST_IMAGES = 256  # in a test batch, of 32 x 32 pixels or fewer
@@ -69,23 +70,14 @@ class Epochs:
     view); an epoch draws one of them.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        batch_size: int,
-        seed: int,
-        world: World,
-        limit: int | None = None,
-        views: int | None = None,
-        views_seed: int = 0,
-    ):
-        if batch_size % world.size:
-            raise UserError(f"a batch size of {batch_size} does not divide among {world.size} processes")
+    def __init__(self, images: ImageSet, augmentation: Any, settings: Settings):
+        self.image_set, self.augmentation = images, augmentation
         self.num_images, self.size, self.statistics = len(images), images.size, images.statistics
-        self.batch_size, self.seed, self.world = batch_size, seed, world
-        self.steps = min(math.ceil(len(images) / batch_size), limit or len(images))
-        self.views, self.views_seed = views, views_seed
-        self.image_set = images
+        self.batch_size, self.seed, self.world = settings.batch_size, settings.seed, settings.world
+        self.views, self.views_seed = settings.views, settings.views_seed
+        self.steps = min(math.ceil(len(images) / self.batch_size), settings.limit or len(images))
+        if self.batch_size % self.world.size:
+            raise UserError(f"a batch size of {self.batch_size} does not divide among {self.world.size} processes")
 
     def __len__(self):
         return self.steps
@@ -96,7 +88,7 @@ class Epochs:
     def views_key(self) -> dict[str, Any]:
         """Return all that the fixed views depend on."""
         key = {"images": self.image_set.fingerprint(), "size": self.size, "statistics": self.statistics}
-        return {**key, "augmentation": self.described, "views": self.views, "views_seed": self.views_seed}
+        return {**key, "augmentation": repr(self.augmentation), "views": self.views, "views_seed": self.views_seed}
 
     def order(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Generator]:
         """Return the order of an epoch's images, the view of each position, if views are fixed, and the generator."""
@@ -114,11 +106,10 @@ class Epochs:
 class TrainBatches(Epochs):
     """Training batches of images held as uint8 on the device."""
 
-    def __init__(self, images: ImageSet, augmentation: CropFlip | ResizedCropFlip, *order, **more):
-        super().__init__(images, *order, **more)
+    def __init__(self, images: ImageSet, augmentation: CropFlip | ResizedCropFlip | RandAugmented, settings: Settings):
+        super().__init__(images, augmentation, settings)
         self.images, self.labels = images.pixels.to(self.world.device), images.labels.to(self.world.device)
-        self.normalise = Normaliser(images.statistics, self.world.device)
-        self.augmentation, self.size, self.described = augmentation, augmentation.size, repr(augmentation)
+        self.normalise, self.size = Normaliser(images.statistics, self.world.device), augmentation.size
         if self.views:
             generators = [generator_of(self.views_seed, view, 1) for view in range(self.views)]
             self.view_draws = torch.stack([augmentation.draw(len(images), generator) for generator in generators])
@@ -159,8 +150,9 @@ class TestBatches:
 
     __test__ = False
 
-    def __init__(self, images: ImageSet, batch_size: int, world: World, limit: int | None = None):
-        limit = limit and limit * max(batch_size, TEST_IMAGES)
+    def __init__(self, images: ImageSet, settings: Settings):
+        batch_size, world = settings.batch_size, settings.world
+        limit = settings.limit and settings.limit * max(batch_size, TEST_IMAGES)
         positions, self.total = share_of_test(len(images), limit, world)
         share = images.subset(positions)
         self.images, self.labels = share.pixels.to(world.device), share.labels.to(world.device)

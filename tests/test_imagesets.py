@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as tv
 import imagesets
 from imagesets import in_memory
 from imagesets.augment import CropFlip, ResizedCropFlip
-from imagesets.images import ImageSet
+from imagesets.images import ImageSet, Settings
 from utils import UserError, World
 
 STATISTICS = imagesets.STATISTICS["cifar100"]
@@ -27,26 +27,16 @@ def random_images(count, size=32, seed=0):
     return torch.randint(1, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
-def image_set(pixels, labels=None, statistics=STATISTICS):
+def image_set(pixels, labels=None):
     """Return images whose labels are their numbers unless given."""
     labels = torch.arange(len(pixels)) if labels is None else labels
-    return ImageSet(labels, [str(number) for number in range(len(pixels))], statistics, pixels.shape[-1], pixels)
-
-
-def numbered_set(count, size=4):
-    """Return images whose label is their number and whose pixels hold it."""
-    pixels = torch.arange(count).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, size, size).contiguous()
-    return image_set(pixels, statistics=((0.0,) * 3, (1.0,) * 3))
+    return ImageSet(labels, [str(number) for number in range(len(pixels))], STATISTICS, pixels.shape[-1], pixels)
 
 
 def train_batches(images, batch_size, rank=0, ranks=1, seed=0, limit=None, padding=0):
     """Return training batches, by default without padding, so that an image keeps its pixels."""
-    return in_memory.TrainBatches(images, CropFlip(images.size, padding), batch_size, seed, World(rank, ranks), limit)
-
-
-def labels_of(epoch):
-    """Return the labels of an epoch's batches."""
-    return [labels.tolist() for _, labels, _ in epoch]
+    settings = Settings(batch_size=batch_size, seed=seed, world=World(rank, ranks), limit=limit)
+    return in_memory.TrainBatches(images, CropFlip(images.size, padding), settings)
 
 
 def test_crop_and_flip_are_torchvisions_for_every_draw():
@@ -117,11 +107,12 @@ def test_an_epoch_shows_every_image_once_augmented_under_its_number():
 
 
 def test_order_is_seeded_and_differs_between_epochs_and_seeds():
-    first = labels_of(train_batches(numbered_set(23), 5).epoch(0))
-    assert first == labels_of(train_batches(numbered_set(23), 5)) and sorted(sum(first, [])) == list(range(23))
-    others = [train_batches(numbered_set(23), 5).epoch(1), train_batches(numbered_set(23), 5, seed=1).epoch(0)]
-    orders = [first, *map(labels_of, others), [list(range(23))]]
-    assert all(a != b for number, a in enumerate(orders) for b in orders[:number])
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        batches = train_batches(image_set(random_images(23, 4)), 5, seed=seed)
+        orders.append(tuple(torch.cat([labels for _, labels, _ in batches.epoch(epoch)]).tolist()))
+    assert orders[0] == orders[3] and sorted(orders[0]) == list(range(23))
+    assert len({*orders, tuple(range(23))}) == 4
 
 
 @pytest.mark.parametrize("start", [0, 2])
@@ -137,7 +128,7 @@ def test_ranks_together_see_the_batches_of_one_process_from_any_step_on(ranks, s
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_each_test_image_counts_once(ranks):
-    shares = [in_memory.TestBatches(numbered_set(23), 4, World(rank, ranks)) for rank in range(ranks)]
+    shares = [in_memory.TestBatches(numbered_set(23), Settings(4, world=World(rank, ranks))) for rank in range(ranks)]
     found = [batch for share in shares for batch in share]
     assert sorted(torch.cat([labels for _, labels in found]).tolist()) == list(range(23))
     assert all(torch.equal((images * 255).round().long()[:, 0, 0, 0], labels) for images, labels in found)
@@ -148,7 +139,7 @@ def test_batches_that_do_not_divide_and_their_limit():
     with pytest.raises(UserError):
         train_batches(numbered_set(9), 5, ranks=2)
     with pytest.raises(UserError):
-        in_memory.TestBatches(numbered_set(2), 5, World(0, 3))
+        in_memory.TestBatches(numbered_set(2), Settings(world=World(0, 3)))
     limited = train_batches(numbered_set(23), 5, limit=2)
     assert len(limited) == len(list(limited)) == 2
 

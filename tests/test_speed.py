@@ -11,7 +11,7 @@ import imagesets
 import methods
 from imagesets import in_memory
 from imagesets.augment import CropFlip
-from imagesets.images import ImageSet
+from imagesets.images import ImageSet, Settings
 from training import Trainer, speed
 from utils import World
 
@@ -30,7 +30,7 @@ def train_batches(device=CPU):
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, CLASSES, (count,), generator=generator)
     images = ImageSet(labels, list("abcde"), imagesets.STATISTICS["cifar100"], 32, pixels)
-    return in_memory.TrainBatches(images, CropFlip(32), BATCH, 0, World(0, 1, device))
+    return in_memory.TrainBatches(images, CropFlip(32), Settings(batch_size=BATCH, world=World(0, 1, device)))
 
 
 def networks(method, student="resnet8_aux"):
