@@ -26,14 +26,12 @@ __all__ = [
     "backbone_name",
     "backbone_of",
     "create",
-    "create_pair",
     "hub_weights",
     "is_aux",
     "is_external",
     "is_file",
     "is_imagenet",
     "is_pair",
-    "member_name",
     "names",
     "normalisation",
     "read_stages",
@@ -51,10 +49,7 @@ _SHORT_NAMES = {
     "shufflev2": "ShuffleV2",
     "vgg8": "vgg8_bn",
     "vgg13": "vgg13_bn",
-    "WRN_16_1": "wrn_16_1",
-    "WRN_16_2": "wrn_16_2",
-    "WRN_40_1": "wrn_40_1",
-    "WRN_40_2": "wrn_40_2",
+    **{name.upper(): name for name in wrn.BACKBONES},
     "resnet18": "resnet18_imagenet",
     "resnet34": "resnet34_imagenet",
 }
@@ -96,14 +91,6 @@ def backbone_name(name: str, net: int = 1) -> str:
     return backbone
 
 
-def member_name(pair: str, net: int = 1) -> str:
-    """Return the `_aux` architecture of network `net` (1 or 2) of a mutual pair; ValueError if `pair` is none."""
-    backbones = _pair_backbones(pair)
-    if not backbones:
-        raise ValueError(_unknown(pair, "mutual pair"))
-    return backbones[net - 1] + _SUFFIX
-
-
 def create(
     name: str,
     num_classes: int,
@@ -122,7 +109,7 @@ def create(
     """
     options = {"size": size, "taps": taps, "branches": branches, "classifier": classifier}
     if is_pair(name):
-        members = (member_name(name, 1), member_name(name, 2))
+        members = (backbone + _SUFFIX for backbone in _pair_backbones(name))
         network = MutualPair(*(create(member, num_classes, rotations, **options) for member in members))
     elif hub.is_external(name):
         network = _create_external(name, num_classes, rotations, **options)
@@ -132,11 +119,6 @@ def create(
         network = _BACKBONES[backbone_name(name)](num_classes=num_classes)
     network.arch = name
     return network
-
-
-def create_pair(name1: str, name2: str, num_classes: int, rotations: int = 4, **options) -> MutualPair:
-    """Return a mutual pair of two networks, named with or without `_aux`; `options` are `create`'s keywords."""
-    return create(f"{backbone_name(name1)}+{backbone_name(name2)}", num_classes, rotations, **options)
 
 
 def _create_external(name: str, num_classes: int, rotations: int, size: int | None, **options) -> nn.Module:
@@ -171,8 +153,8 @@ def _pair_backbones(name: str) -> tuple[str, ...]:
     return backbones if len(backbones) == 2 and equal and all(map(_is_backbone, backbones)) else ()
 
 
-def _unknown(name: str, kind: str = "architecture") -> str:
+def _unknown(name: str) -> str:
     """Return one line that names the architectures nearest in spelling, whatever their case."""
-    candidates = {known.lower(): known for known in names() if kind == "architecture" or is_pair(known)}
+    candidates = {known.lower(): known for known in names()}
     nearest = difflib.get_close_matches(name.lower(), candidates, n=5, cutoff=0.0)
-    return f"unknown {kind} {name!r}; nearest: {', '.join(candidates[match] for match in nearest)}"
+    return f"unknown architecture {name!r}; nearest: {', '.join(candidates[match] for match in nearest)}"

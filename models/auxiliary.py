@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -44,17 +45,14 @@ class AuxiliaryClassifier(nn.Module):
         return outputs
 
 
+@dataclass(eq=False)
 class StageReader:
     """Reads the stages of a traced network: `reader(net, x) -> ([tap, ...], embedding, logits)`; holds no weights."""
 
-    def __init__(
-        self, functions: dict[bool, Callable], taps: dict[str, tuple], layouts: list[str], classifier: list[str]
-    ):
-        """Take a function per mode (training or not), tap -> shape, their layouts, and the layers of the logits."""
-        self.functions = functions
-        self.taps = taps
-        self.layouts = layouts
-        self.classifier = classifier
+    functions: dict[bool, Callable]  # per mode, training or not
+    taps: dict[str, tuple]  # and their shapes
+    layouts: list[str]  # of the taps
+    classifier: list[str]  # the layers of the logits
 
     def __call__(self, net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return the tapped tensors as they are, shallow to deep, the embedding and the logits (B, N)."""
@@ -81,12 +79,12 @@ def pooled(x: Tensor) -> Tensor:
     return global_pool(x) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x
 
 
-def taps_of(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return the tapped tensors of a backbone and its logits (B, N)."""
-    if (reader := vars(net).get("stage_reader")) is None:
-        return net.forward_features(x)
-    taps, _, logits = reader(net, x)
-    return taps, logits
+def read_taps(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return the tapped tensors of a backbone, shallow to deep, its embedding and its logits (B, N)."""
+    if reader := vars(net).get("stage_reader"):
+        return reader(net, x)
+    taps, embedding = net.features(x)
+    return taps, embedding, net.head(embedding)
 
 
 class AuxiliaryNet(nn.Module):
@@ -127,11 +125,8 @@ class AuxiliaryNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the class logits and the auxiliary logits; a frozen backbone's features carry no gradient."""
-        if self.frozen:
-            with torch.no_grad():
-                taps, logits = taps_of(self.backbone, x)
-        else:
-            taps, logits = taps_of(self.backbone, x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            taps, _, logits = read_taps(self.backbone, x)
         return logits, self.auxiliary_classifier(taps)
 
 
@@ -164,12 +159,10 @@ def stage_features(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Ten
     """
     net = backbone_of(net)
     reader = vars(net).get("stage_reader")
-    if reader is None and isinstance(net, Backbone):
-        taps, embedding = net.features(x)
-        return taps, embedding, net.head(embedding)
-    if reader is None:
+    if reader is None and not isinstance(net, Backbone):
         advice = "models.read_stages finds them if it can be traced; --method kd and dkd need none"
         raise ValueError(f"the stages of {type(net).__name__} are not known: {advice}")
-    taps, embedding, logits = reader(net, x)
-    maps = [as_map(tap, layout) for tap, layout in zip(taps, reader.layouts, strict=True)]
-    return maps, pooled(embedding), logits
+    taps, embedding, logits = read_taps(net, x)
+    if reader:
+        taps = [as_map(tap, layout) for tap, layout in zip(taps, reader.layouts, strict=True)]
+    return taps, pooled(embedding), logits

@@ -29,11 +29,6 @@ class Backbone(nn.Module):
         """Return the pooled embedding (B, D) that the head sees."""
         return self.features(x)[1]
 
-    def forward_features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the tapped feature maps, shallow to deep, and the class logits (B, N)."""
-        taps, embedding = self.features(x)
-        return taps, self.head(embedding)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the class logits (B, N)."""
         return self.head(self.embed(x))

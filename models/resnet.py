@@ -4,85 +4,35 @@ from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.auxiliary import AuxiliaryClassifier
 from models.layers import Backbone, copy_stages, global_pool, init_weights, tapped
 
 
-class ResidualBlock(nn.Module):
-    """What the residual blocks share: a projection, where width or stride changes, under the published key."""
+class CifarBottleneck(Bottleneck):
+    """The bottleneck under the keys of the published CIFAR ResNet50: its projection is called `shortcut`."""
 
-    expansion = 1
-    projection_name = "downsample"
-
-    def add_projection(self, in_planes: int, out_planes: int, stride: int) -> None:
-        """Register a 1x1 convolution with BatchNorm where the input cannot be added as it is."""
-        self.projects = stride != 1 or in_planes != out_planes
-        if self.projects:
-            conv = nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
-            self.add_module(self.projection_name, nn.Sequential(conv, nn.BatchNorm2d(out_planes)))
-
-    def residual(self, x: Tensor) -> Tensor:
-        """Return the residual branch before the addition."""
-        raise NotImplementedError
+    def __init__(self, in_planes: int, planes: int, stride: int = 1, shortcut: nn.Module | None = None):
+        super().__init__(in_planes, planes, stride)
+        self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ReLU(residual + shortcut), (B, in, H, W) -> (B, out, H / stride, W / stride)."""
-        shortcut = getattr(self, self.projection_name)(x) if self.projects else x
-        return F.relu(self.residual(x).add_(shortcut), inplace=True)
+        """Return ReLU(residual + shortcut), (B, in, H, W) -> (B, 4 * planes, H / stride, W / stride)."""
+        residual = self.relu(self.bn1(self.conv1(x)))
+        residual = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(residual)))))
+        return self.relu(residual.add_(x if self.shortcut is None else self.shortcut(x)))
 
 
-class BasicBlock(ResidualBlock):
-    """Two 3x3 convolutions."""
-
-    def __init__(self, in_planes: int, planes: int, stride: int = 1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.add_projection(in_planes, planes, stride)
-
-    def residual(self, x: Tensor) -> Tensor:
-        """Return the two convolutions' output, (B, planes, H / stride, W / stride)."""
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.bn2(self.conv2(x))
-
-
-class Bottleneck(ResidualBlock):
-    """1x1, 3x3 (with the stride) and 1x1 convolutions, the last one four times as wide."""
-
-    expansion = 4
-
-    def __init__(self, in_planes: int, planes: int, stride: int = 1):
-        super().__init__()
-        out_planes = planes * self.expansion
-        self.conv1 = nn.Conv2d(in_planes, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, out_planes, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_planes)
-        self.add_projection(in_planes, out_planes, stride)
-
-    def residual(self, x: Tensor) -> Tensor:
-        """Return the three convolutions' output, (B, 4 * planes, H / stride, W / stride)."""
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        return self.bn3(self.conv3(x))
-
-
-class CifarBottleneck(Bottleneck):
-    """The bottleneck under the keys of the published CIFAR ResNet50."""
-
-    projection_name = "shortcut"
-
-
-def residual_stage(block: type[ResidualBlock], in_planes: int, planes: int, repeats: int, stride: int) -> nn.Sequential:
-    """Return `repeats` blocks, the first of which changes width and stride."""
+def residual_stage(block: type[nn.Module], in_planes: int, planes: int, repeats: int, stride: int) -> nn.Sequential:
+    """Return `repeats` blocks, the first of which changes width and stride, with a projection where it does."""
     out_planes = planes * block.expansion
+    projection = None
+    if stride != 1 or in_planes != out_planes:
+        conv = nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
+        projection = nn.Sequential(conv, nn.BatchNorm2d(out_planes))
     rest = [block(out_planes, planes) for _ in range(repeats - 1)]
-    return nn.Sequential(block(in_planes, planes, stride), *rest)
+    return nn.Sequential(block(in_planes, planes, stride, projection), *rest)
 
 
 class ImageNetResNet(Backbone):
@@ -90,7 +40,7 @@ class ImageNetResNet(Backbone):
 
     planes = (64, 128, 256, 512)
 
-    def __init__(self, block: type[ResidualBlock], repeats: tuple[int, int, int, int], num_classes: int):
+    def __init__(self, block: type[nn.Module], repeats: tuple[int, int, int, int], num_classes: int):
         super().__init__()
         self.block = block
         self.repeats = repeats

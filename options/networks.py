@@ -55,6 +55,6 @@ def named(arch: str | None, checkpoint: Checkpoint, net: int | None = None) -> s
     if models.is_file(name) and not arch:
         raise UserError(f"{checkpoint.path} is of {name}: to run that file, name it with --arch")
     try:
-        return models.member_name(name, net or checkpoint.best_net or 1) if models.is_pair(name) else name
+        return f"{models.backbone_name(name, net or checkpoint.best_net or 1)}_aux" if models.is_pair(name) else name
     except ValueError as error:
         raise UserError(f"{checkpoint.path}: {error}") from None

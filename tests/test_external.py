@@ -115,7 +115,7 @@ def test_the_rule_finds_the_hand_written_taps_and_branches(name, taps):
     published = models.create(f"{name}_aux", 10)
     network = models.attach_auxiliary(models.create(name, 10), 10, example=SMALL)
     assert list(network.backbone.stage_reader.taps) == taps
-    expected, _ = published.backbone.forward_features(SMALL)
+    expected, _ = published.backbone.features(SMALL)
     assert [tuple(tap.shape[1:]) for tap in expected] == list(network.backbone.stage_reader.taps.values())
     for level in range(1, len(taps)):
         assert branch_shapes(network, level) == branch_shapes(published, level)
@@ -212,7 +212,7 @@ def test_names(name):
         assert models.backbone_name(f"{name}_aux") == name
     pair = f"{name}+torchvision/alexnet"
     assert models.is_pair(pair) and not models.is_aux(pair)
-    assert [models.member_name(pair, net) for net in (1, 2)] == [f"{name}_aux", "torchvision/alexnet_aux"]
+    assert [models.backbone_name(pair, net) for net in (1, 2)] == [name, "torchvision/alexnet"]
 
 
 def test_create_from_torchvision_and_a_pair_of_two():
@@ -221,7 +221,7 @@ def test_create_from_torchvision_and_a_pair_of_two():
     logits, aux_logits = network.eval()(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 7) and [aux.shape[1] for aux in aux_logits] == [7] * 4
     assert type(models.create("torchvision/resnet18", 7)) is torchvision.models.ResNet
-    pair = models.create_pair("resnet8", "torchvision/squeezenet1_1_aux", 7, size=64)
+    pair = models.create("resnet8+torchvision/squeezenet1_1", 7, size=64)
     assert pair.arch == "resnet8+torchvision/squeezenet1_1"
     logits, aux_logits = pair.eval()(torch.randn(2, 3, 64, 64))
     assert [len(found) for found in aux_logits] == [3, 4]

@@ -142,7 +142,7 @@ def test_cifar_networks_take_larger_images(name, size):
 def test_vgg_keeps_its_fourth_pool_for_64_pixel_images_only(size, last):
     backbone = random_network("vgg8_bn").eval()
     with torch.no_grad():
-        taps, _ = backbone.forward_features(torch.randn(1, 3, size, size))
+        taps, _ = backbone.features(torch.randn(1, 3, size, size))
     assert [tap.shape[-1] for tap in taps] == [size, size // 2, size // 4, last]
 
 
@@ -155,7 +155,7 @@ def test_channels_last_is_kept_and_computes_the_same(name):
         network.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
         found = network(images)
-        taps, _ = network.backbone.forward_features(images)
+        taps, _ = network.backbone.features(images)
     assert all(tap.is_contiguous(memory_format=torch.channels_last) for tap in taps)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 

@@ -41,11 +41,8 @@ def parse_args(argv=None):
 def read_network(path: str, arch: str | None) -> tuple[nn.Module, Checkpoint]:
     """Return a network with the weights at `path`, in evaluation mode; of a mutual pair the better one."""
     checkpoint = Checkpoint(path)
-    name = arch or checkpoint.arch
-    if name is None:
-        raise UserError(f"{path} does not say what network it is of: name it with --arch or --tarch")
-    name = models.member_name(name) if models.is_pair(name) else name
-    network = models.create(name, checkpoint.num_classes, checkpoint.rotations or 4)
+    name, size = options.named(arch, checkpoint), checkpoint.info.get("size")
+    network = models.create(name, checkpoint.num_classes, checkpoint.rotations or 4, size=size)
     checkpoint.load_into(network)
     return network.eval(), checkpoint
 
