@@ -11,32 +11,14 @@ import torch
 from torch import nn
 
 from models import external, hub, mobilenetv2, resnet, resnet_cifar, shufflenetv1, shufflenetv2, vgg, wrn
-from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, MutualPair, backbone_of, stage_features
+from models.auxiliary import AuxiliaryNet, MutualPair, backbone_of, stage_features
 from models.external import attach_auxiliary, read_stages
 from models.hub import hub_weights, is_external, is_file, normalisation
 from models.layers import Backbone
 from models.stages import Stages
 
-__all__ = [
-    "AuxiliaryClassifier",
-    "AuxiliaryNet",
-    "Backbone",
-    "MutualPair",
-    "attach_auxiliary",
-    "backbone_name",
-    "backbone_of",
-    "create",
-    "hub_weights",
-    "is_aux",
-    "is_external",
-    "is_file",
-    "is_imagenet",
-    "is_pair",
-    "names",
-    "normalisation",
-    "read_stages",
-    "stage_features",
-]
+__all__ = ["AuxiliaryNet", "Backbone", "MutualPair", "attach_auxiliary", "backbone_of", "hub_weights", "is_external"]
+__all__ += ["is_file", "normalisation", "read_stages", "stage_features"]
 
 _FAMILIES = (resnet_cifar, wrn, vgg, resnet, mobilenetv2, shufflenetv1, shufflenetv2)
 _BACKBONES = {name: build for family in _FAMILIES for name, build in family.BACKBONES.items()}
