@@ -107,7 +107,7 @@ def test_an_unusable_tiny_imagenet_is_one_line(tiny_imagenet, missing):
 
 
 def test_tiny_imagenet_from_the_archive_to_a_classifier(tmp_path, tiny_imagenet, capsys):
-    """One line names the preprocessing script, which links the images; then classes of two shades are told apart."""
+    """One line names the preprocessing script, which sorts the images; then classes of two shades are told apart."""
     path = save(tmp_path / "a.pth.tar", models.create("resnet8_aux", 100))
     data = ("--dataset", "TinyImageNet", "--data", f"{tiny_imagenet}/", "--s-path", path)
     command = ("--arch", "resnet8", *data, *QUICK, "--epochs", 8, "--checkpoint-dir", tmp_path)
@@ -116,6 +116,6 @@ def test_tiny_imagenet_from_the_archive_to_a_classifier(tmp_path, tiny_imagenet,
     shutil.copy(PREPROCESS, tmp_path)  # the published command names no folder: it lies beside the script
     for _ in range(2):
         subprocess.run([sys.executable, PREPROCESS.name], cwd=tmp_path, check=True, capture_output=True)
-    assert (tiny_imagenet / "val_sorted/n01/val_0.JPEG").samefile(tiny_imagenet / "val/images/val_0.JPEG")
+    assert (tiny_imagenet / "val_sorted/n01/val_0.JPEG").exists()
     run("eval_rep", *command)
     assert log_lines(tmp_path / "eval_rep_arch_resnet8_dataset_tinyimagenet_seed0")[-1]["test/top1"] == 100
