@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import models
-from scripts import QUICK, QUICK_RUN, run, save_teacher
+from scripts import QUICK, QUICK_RUN, WORLD, run, save_teacher
 from tools import analyse
 from tools.measures import Answers, agreement, ask, by_class, confusion, divergence, overview, reliability
 from tools.sections import EXTREMES
@@ -87,7 +87,7 @@ def test_a_page_of_runs_stands_alone(tmp_path, capsys):
     content = torch.load(plain, weights_only=True)
     torch.save({**content, "arch": "resnet14", "method": "kd"}, plain)
     words = ["--weights", next(hsakd), plain, next(pair), "--teacher", teacher, "--tarch", "resnet8_aux"]
-    analyse.main(analyse.parse_args([*map(str, words), "--out", f"{tmp_path}/page.html"]))
+    analyse.main(analyse.parse_args([*map(str, words), "--out", f"{tmp_path}/page.html"]), WORLD)
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert check_standalone(html) == 9 + 3 * EXTREMES
     titles = "Overview, Learning curves, Heads over the epochs, Accuracy by class, Confusion, Calibration, "

@@ -5,7 +5,6 @@
 The page needs no network. A student's learning curves are those of the log.jsonl beside its weights, if there is one.
 """
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +18,14 @@ import options
 from tools.measures import ask
 from tools.page import page
 from tools.sections import Study, all_sections
-from training.distributed import pick_device
+from training import launch
 from training.run_folder import read_log
-from utils import Checkpoint, UserError, warn
+from utils import Checkpoint, UserError
 
 
 def parse_args(argv=None):
     parser = options.Parser(__doc__, prog="tools.analyse")
+    parser.set_defaults(gpu_id=None)
     add = parser.add_argument
     add("--weights", type=options.path, nargs="+", required=True, metavar="STUDENT", help="weights of the students")
     add("--teacher", type=options.path, required=True, help="weights of their teacher")
@@ -76,8 +76,7 @@ def pictures_of(batches, numbers: set[int]) -> dict:
     return found
 
 
-def main(args) -> None:
-    device = pick_device(None)
+def main(args, world) -> None:
     read = [read_network(path, args.arch) for path in args.weights]
     teacher_network, _ = read_network(args.teacher, args.tarch)
     checkpoints = [checkpoint for _, checkpoint in read]
@@ -87,10 +86,10 @@ def main(args) -> None:
     batches = imagesets.load_test(dataset, args.data, **imagesets.recorded(checkpoints[0].info))
     for checkpoint in checkpoints:
         imagesets.warn_of_other_data(checkpoint.info, batches, checkpoint.path)
-    teacher, labels = ask("teacher", teacher_network.to(device), batches, device, args.tsne)
+    teacher, labels = ask("teacher", teacher_network.to(world.device), batches, world.device, args.tsne)
     students = []
     for name, (network, checkpoint) in zip(names_of(checkpoints), read, strict=True):
-        students.append(ask(name, network.to(device), batches, device, args.tsne)[0])
+        students.append(ask(name, network.to(world.device), batches, world.device, args.tsne)[0])
         students[-1].log = log_of(checkpoint)
     title = f"{', '.join(student.name for student in students)} and their teacher on {dataset}"
     text = f"Answers on {len(labels):,} test images of {len(batches.classes)} classes."
@@ -100,8 +99,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (OSError, UserError) as error:
-        warn(f"tools.analyse: error: {error}")
-        sys.exit(2)
+    launch.run(parse_args, main)
