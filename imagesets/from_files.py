@@ -66,12 +66,12 @@ class Images(Dataset):
             return self.transform(image), self.images.labels[number], number, key[-1]
 
 
-def collate(found: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-    """Join `Images` items into (images, labels, numbers, ends of keys, lines about unreadable images)."""
+def collate(found: list) -> tuple:
+    """Join `Images` items into (images, labels, numbers, ends of keys, lines about unreadable images), or the lines."""
     bad = [item for item in found if isinstance(item, str)]
     good = [item for item in found if not isinstance(item, str)]
     if not good:
-        return torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), bad
+        return (bad,)
     images, labels, numbers, ends = zip(*good, strict=True)
     return stacked(images), torch.stack(labels), torch.tensor(numbers), torch.tensor(ends), bad
 
@@ -127,7 +127,7 @@ class Reader:
             for line in sorted(set(bad) - self.skipped):
                 print(f"skipped: {line}", file=sys.stderr, flush=True)  # each rank meets others
             self.skipped.update(bad)
-            if len(batch[0]):
+            if batch:
                 images, *rest = (part.to(self.device, non_blocking=True) for part in batch)
                 yield self.normalise(images), *rest
         if len(self.skipped) > known:

@@ -35,25 +35,32 @@ def residual_stage(block: type[nn.Module], in_planes: int, planes: int, repeats:
     return nn.Sequential(block(in_planes, planes, stride, projection), *rest)
 
 
-class ImageNetResNet(Backbone):
-    """ResNet with torchvision's keys and function; taps are the outputs of the four stages, strides 4, 8, 16, 32."""
+class ResNet(Backbone):
+    """ResNet with torchvision's keys and function; taps are the outputs of the stages, at strides 4, 8, 16, 32."""
 
-    planes = (64, 128, 256, 512)
+    zero_aux_bias = False  # whether the biases of auxiliary classifiers begin at 0
 
-    def __init__(self, block: type[nn.Module], repeats: tuple[int, int, int, int], num_classes: int):
+    def __init__(
+        self,
+        block: type[nn.Module],
+        repeats: tuple[int, ...],
+        num_classes: int,
+        stem_width: int = 64,
+        planes: tuple[int, ...] = (64, 128, 256, 512),
+    ):
         super().__init__()
-        self.block = block
-        self.repeats = repeats
-        self.add_stem()
-        for index in range(4):
+        self.block, self.repeats = block, repeats
+        self.stem_width, self.planes = stem_width, planes
+        self.conv1 = self.stem_conv()
+        self.bn1 = nn.BatchNorm2d(stem_width)
+        for index in range(len(planes)):
             self.add_module(f"layer{index + 1}", self.make_stage(index))
-        self.add_module(self.head_name, nn.Linear(self.planes[-1] * block.expansion, num_classes))
+        self.add_module(self.head_name, nn.Linear(planes[-1] * block.expansion, num_classes))
         init_weights(self, linear_bias=False)
 
-    def add_stem(self) -> None:
-        """Register the first convolution, 7x7 with stride 2."""
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+    def stem_conv(self) -> nn.Conv2d:
+        """Return the first convolution, 7x7 with stride 2."""
+        return nn.Conv2d(3, self.stem_width, 7, 2, 3, bias=False)
 
     def stem(self, x: Tensor) -> Tensor:
         """Return (B, 64, H / 4, W / 4)."""
@@ -61,47 +68,46 @@ class ImageNetResNet(Backbone):
 
     def make_stage(self, index: int, repeated: bool = False) -> nn.Sequential:
         """Return a new stage `index`; a repeated one takes its own output at stride 1."""
-        expansion = self.block.expansion
-        in_planes = 64 if index == 0 else self.planes[index - 1] * expansion
-        if repeated:
-            in_planes = self.planes[index] * expansion
+        before = index if repeated else index - 1
+        in_planes = self.planes[before] * self.block.expansion if before >= 0 else self.stem_width
         stride = 1 if index == 0 or repeated else 2
         return residual_stage(self.block, in_planes, self.planes[index], self.repeats[index], stride)
 
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the outputs of the four stages and the embedding (B, 512 * expansion)."""
-        x = self.stem(x)
-        taps = tapped((self.layer1, self.layer2, self.layer3, self.layer4), x)
+        """Return the outputs of the stages and the embedding (B, last planes * expansion)."""
+        stages = (getattr(self, f"layer{index + 1}") for index in range(len(self.planes)))
+        taps = tapped(stages, self.stem(x))
         return taps, global_pool(taps[-1])
 
     def build_auxiliary(self, num_outputs: int) -> AuxiliaryClassifier:
-        """Return four branches of the remaining stages."""
-        auxiliary = AuxiliaryClassifier(copy_stages(self.make_stage, 4), self.head.in_features, num_outputs)
-        init_weights(auxiliary, linear_bias=False)
+        """Return a branch of the remaining stages for each stage."""
+        branches = copy_stages(self.make_stage, len(self.planes))
+        auxiliary = AuxiliaryClassifier(branches, self.head.in_features, num_outputs)
+        init_weights(auxiliary, linear_bias=self.zero_aux_bias)
         return auxiliary
 
 
-class CifarResNet50(ImageNetResNet):
-    """ResNet50 for small images: 3x3 stride-1 stem, no max-pool, `linear` head; taps at strides 1, 2, 4, 8."""
+class SmallResNet(ResNet):
+    """ResNet for small images: 3x3 stride-1 stem, no max-pool; taps at strides 1, 2, 4, 8."""
 
-    head_name = "linear"
-
-    def __init__(self, num_classes: int):
-        super().__init__(CifarBottleneck, (3, 4, 6, 3), num_classes)
-
-    def add_stem(self) -> None:
-        """Register the first convolution, 3x3 with stride 1."""
-        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+    def stem_conv(self) -> nn.Conv2d:
+        """Return the first convolution, 3x3 with stride 1."""
+        return nn.Conv2d(3, self.stem_width, 3, 1, 1, bias=False)
 
     def stem(self, x: Tensor) -> Tensor:
-        """Return (B, 64, H, W)."""
+        """Return (B, stem width, H, W)."""
         return F.relu(self.bn1(self.conv1(x)), inplace=True)
 
 
+class CifarResNet50(SmallResNet):
+    """ResNet50 for small images, under the published keys."""
+
+    head_name = "linear"
+
+
 BACKBONES = {
-    "ResNet50": CifarResNet50,
-    "resnet18_imagenet": partial(ImageNetResNet, BasicBlock, (2, 2, 2, 2)),
-    "resnet34_imagenet": partial(ImageNetResNet, BasicBlock, (3, 4, 6, 3)),
-    "resnet50_imagenet": partial(ImageNetResNet, Bottleneck, (3, 4, 6, 3)),
+    "ResNet50": partial(CifarResNet50, CifarBottleneck, (3, 4, 6, 3)),
+    "resnet18_imagenet": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34_imagenet": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50_imagenet": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
 }
