@@ -26,7 +26,8 @@ def test_operations_are_torchvisions(name, size):
         expected = theirs._apply_image_or_video_transform(images, name, magnitude, theirs.interpolation, theirs._fill)
         number = torch.full((6,), list(OPERATIONS).index(name))
         found = randaugment.operate(images, number, torch.full((6,), sign))
-        assert torch.equal(found, expected) and torch.equal(found, images) == (name == "Identity")
+        assert (found.int() - expected.int()).abs().max() <= 1  # a batch of another size may round otherwise
+        assert torch.equal(found, images) == (name == "Identity")
 
 
 def test_each_image_of_a_batch_has_its_own_operations():
