@@ -81,13 +81,13 @@ def widths(state: dict[str, Tensor], num_classes: int | None = None) -> tuple[in
 
     They are read off the classifiers' widths where `num_classes` is not given; ValueError if there is no classifier.
     """
-    matrices = {key: value.shape[0] for key, value in state.items() if value.dim() == 2}
-    if not matrices:  # SqueezeNet's classifier is a 1 x 1 convolution
-        matrices = {key: value.shape[0] for key, value in state.items() if value.shape[2:] == (1, 1)}
-    heads = {key: width for key, width in matrices.items() if HEAD_WEIGHT.search(key)}
-    joint = [width for key, width in heads.items() if "auxiliary_classifier" in key]
-    plain = [width for key, width in (heads or matrices).items() if "auxiliary_classifier" not in key]
-    classes = num_classes or (plain[-1] if plain else 0)
+    layers = {key: value for key, value in state.items() if value.dim() == 2 or value.shape[2:] == (1, 1)}
+    joint = [len(v) for k, v in layers.items() if "auxiliary_classifier" in k and HEAD_WEIGHT.search(k)]
+    own = {key: value for key, value in layers.items() if "auxiliary_classifier" not in key}
+    # SqueezeNet's classifier is a 1 x 1 convolution.
+    matrices = {key: value for key, value in own.items() if value.dim() == 2} or own
+    plain = [value for key, value in matrices.items() if HEAD_WEIGHT.search(key)] or list(matrices.values())
+    classes = num_classes or (len(plain[-1]) if plain else 0)
     if not classes:
         raise ValueError("holds no classifier")
     if joint and joint[-1] not in (classes, 4 * classes):

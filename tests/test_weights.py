@@ -189,6 +189,12 @@ def test_classes_and_rotations_are_read_off_the_weights(name, path):
     assert Checkpoint(path).widths == (7, None)
 
 
+@pytest.mark.parametrize("name", ["torchvision/mobilenet_v3_small_aux", "torchvision/squeezenet1_1_aux"])
+def test_classes_and_rotations_of_a_librarys_network(name, path):
+    torch.save(models.create(name, 7, size=64, branches="light").state_dict(), path)
+    assert Checkpoint(path).widths == (7, 4)
+
+
 def test_teachers_of_the_wrong_kind(path):
     """Of other rotations, without heads, of other classes."""
     args = argparse.Namespace(tarch="resnet8_aux", method="hsakd", net=None)

@@ -260,7 +260,8 @@ def peak_memory(device: torch.device) -> float:
 def summary(record: dict[str, Any], epochs: int) -> str:
     """Return an epoch's line: loss, accuracies, speed and time left."""
     left = int((epochs - record["epoch"]) * record["seconds"])
-    speed = f"{record['images_per_second']:.0f} images/s, " if record["images_per_second"] else ""
+    rate = record["images_per_second"]
+    speed = f"{rate:.{0 if rate > 10 else 1}f} images/s, " if rate else ""
     accuracies = ", ".join(f"{k} {v:.2f}" for k, v in record.items() if k.endswith("top1"))
     return (
         f"epoch {record['epoch']}/{epochs}: loss {record['train/loss']:.4f}, {accuracies}, "
