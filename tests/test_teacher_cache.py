@@ -45,7 +45,8 @@ def trainer(folder=None, method=methods.HSAKD, teacher=0, arch="resnet8_aux", wo
     torch.manual_seed(teacher)
     taught = models.create(arch if method.reads == "heads" else "resnet8", found.num_classes)
     torch.manual_seed(0)
-    student = models.create("resnet8_aux" if method.networks == "auxiliary" else "resnet8", found.num_classes)
+    student = "resnet8_aux" if method.networks == "auxiliary" else "resnet8"
+    student = models.create(student, found.num_classes, method.rotations)
     settings = {"amp": "off", "lr": 0.01, "epochs": 1, "teacher_cache": folder, **settings}
     return Trainer(student, method(taught), **found.batches(), world=world, **settings)
 
@@ -70,8 +71,12 @@ def stored(root):
 
 @pytest.mark.parametrize("method", [methods.HSAKD, methods.KD, methods.DKD, methods.DPCD])
 def test_stored_outputs_are_the_teachers(method, tmp_path):
-    """In float32 on the CPU: up to the rounding of another batch size, which is below 1e-6 (and 0 where it was run)."""
-    assert distance(trained(tmp_path, method, epochs=2), trained(method=method, epochs=2)) < 1e-5
+    """In float32 on the CPU: up to the rounding of another batch size, which is below 1e-6 (and 0 where it was run).
+
+    Parts of a batch have their own rows.
+    """
+    settings = {"method": method, "epochs": 2, "accumulate": 1 if method.whole_batches else 3}
+    assert distance(trained(tmp_path, **settings), trained(**settings)) < 1e-5
     recorded = json.loads(stored(tmp_path)["complete.json"])
     assert (recorded["views"], recorded["stored"]) == (2, "float32") and 0 < recorded["teacher_top1"] < 100
 
@@ -101,6 +106,7 @@ OTHERS += [{"crop_size": 24}, {"mean": (0.5, 0.5, 0.5)}, {"amp": "bf16"}, {"cach
 def test_another_store_is_never_used(monkeypatch):
     """Of another teacher, method's reading, data, size, seed of views, augmentation, normalisation or number type."""
     monkeypatch.setattr(teacher_cache.TeacherCache, "check_room", lambda _: None)
+    monkeypatch.setattr("training.start.accuracy", lambda *_: ({"top1": 100.0}, 10))
     folders = []
     for other in [{}, *OTHERS]:
         names = ("teacher", "arch", "method", "amp", "cache_dtype")
@@ -124,17 +130,15 @@ def test_float16_rounds_the_outputs(amp, tmp_path):
     assert half.cache.size == 2 * COUNT * 4 * (3 * 40 + 10) * 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_the_store_bit_exactly(teacher, tmp_path):
-    """Stopped inside the second epoch, in parts that each have their rows, which a run without the store confirms."""
-    words, store = [*WORDS, "--tcheckpoint", teacher, "--accumulate", 3], ["--teacher-cache", tmp_path / "store"]
-    run(STUDENT, *words, "--checkpoint-dir", tmp_path / "plain")
-    run(STUDENT, *words, *store, "--checkpoint-dir", tmp_path / "whole")
-    words += [*store, "--checkpoint-dir", tmp_path / "again"]
+    """Stopped inside the second epoch."""
+    words = [*WORDS, "--tcheckpoint", teacher, "--teacher-cache", tmp_path / "store", "--checkpoint-dir"]
+    run(STUDENT, *words, tmp_path / "whole")
+    words.append(tmp_path / "again")
     assert stopped(STUDENT, *words, after=6, by=signal.SIGTERM) == 143
     run(STUDENT, *words, "--resume")
-    plain, whole, again = (next((tmp_path / name).iterdir()) for name in ("plain", "whole", "again"))
-    assert_same_run(again, whole)
-    assert distance(checkpoint(whole)["net"], checkpoint(plain)["net"]) < 1e-5
+    assert_same_run(*(next((tmp_path / name).iterdir()) for name in ("again", "whole")))
 
 
 def test_images_from_files(tmp_path):
