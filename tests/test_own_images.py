@@ -15,7 +15,7 @@ import imagesets
 import options
 from imagesets import folders
 from imagesets.augment import Augmentation
-from scripts import parsed, run, status
+from scripts import log_lines, parsed, run, status
 from utils import UserError
 
 FAULTS = Path(__file__).resolve().parents[2] / "shared" / "faults"
@@ -399,3 +399,14 @@ def test_the_folders_that_were_read_wrongly(tmp_path, capsys):
     load(fault("numeric", tmp_path))
     assert "--class-names" in capsys.readouterr().err
     assert load(fault("corrupt", tmp_path), skip_bad_images=True).info["images"] == 155
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "flags"), [("arrows", ()), ("wide", ("--resize", "squash"))])
+def test_the_folders_that_could_not_be_learned(name, flags, tmp_path):
+    """Mirrored arrows point elsewhere; the sides of the wide images hold what tells them apart."""
+    recipe = ("--batch-size", 16, "--limit-batches", 8, "--epochs", 12, "--milestones", 8, 10, "--amp", "off")
+    words = ("--dataset", "imagefolder", "--data", fault(name, tmp_path), "--checkpoint-dir", tmp_path, "--no-flip")
+    run("train_baseline_cifar", "--arch", "resnet8", *words, *recipe, *flags)
+    (folder,) = tmp_path.glob("train_*")
+    assert log_lines(folder)[-1]["best/top1"] == 100
