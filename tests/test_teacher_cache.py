@@ -75,7 +75,7 @@ def test_stored_outputs_are_the_teachers(method, tmp_path):
 
     Parts of a batch have their own rows.
     """
-    settings = {"method": method, "epochs": 2, "accumulate": 1 if method.whole_batches else 3}
+    settings = {"method": method, "accumulate": 1 if method.whole_batches else 3}
     assert distance(trained(tmp_path, **settings), trained(**settings)) < 1e-5
     recorded = json.loads(stored(tmp_path)["complete.json"])
     assert (recorded["views"], recorded["stored"]) == (2, "float32") and 0 < recorded["teacher_top1"] < 100
