@@ -89,10 +89,9 @@ def hub_weights(name: str) -> dict[str, Tensor]:
             return _timm(name).create_model(bare, pretrained=True).state_dict()
         return torchvision.models.get_model_weights(bare).DEFAULT.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, ValueError) as error:  # what urllib, torch.hub and huggingface_hub raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(
-            f"the weights of {name} cannot be downloaded ({reason}): give a file of them instead"
-        ) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(" .")
+        advice = "give a file of them instead"
+        raise ValueError(f"the weights of {name} cannot be downloaded ({reason}): {advice}") from None
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
