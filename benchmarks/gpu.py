@@ -16,7 +16,6 @@ import torch
 from step import HEAD, PAIRS, PATHS, lines, measure_all, parser_of, rows
 
 from training.run_folder import read_json
-from utils import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,13 +48,13 @@ def main():
         args.pairs, args.rounds = args.pairs[:4:3], 3
     tests = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.cuda" in path.read_text()]
     run = {"date": time.strftime("%Y-%m-%d"), "tests": printed("-m", "pytest", "-m", "cuda", *tests)[-1], "groups": []}
-    before = read_json(args.output.with_suffix(".json")) or []
+    before = (read_json(args.output.with_suffix(".json")) or {"runs": []})["runs"]
 
     def save(found):
         run.update(found)
-        for ending, content in ((".json", json.dumps([*before, run], indent=1)), (".md", report([*before, run]))):
-            with replacing(args.output.with_suffix(ending), "w") as file:
-                file.write(content)
+        runs = [*before, run]
+        for ending, content in ((".json", json.dumps({"runs": runs}, indent=1)), (".md", report(runs))):
+            args.output.with_suffix(ending).write_text(content)
 
     measure_all(args, save)
     for count in sorted({1, torch.cuda.device_count() or 2}):  # as many images for each process: NCCL's share shows

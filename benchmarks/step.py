@@ -13,14 +13,14 @@ the memory allocator would help the reference too. Ratios compare rounds that fo
 """
 
 import json
+import timeit
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from paths import Case, made, timed
-from torch.utils.benchmark import Timer
+from paths import Case, made, now, timed
 
 import options
 from training import distributed
@@ -99,16 +99,17 @@ def lines(*rows, head=()):
 
 
 def matmul_rates(device, amp):
-    """Return the FLOP/s of a large matrix product in float32 and in a run's precision, by name.
+    """Return the FLOP/s of a large matrix product, the median of five, in float32 and in a run's precision, by name.
 
     On a GPU it is as precise as convolutions are there.
     """
-    side, found = 8192 if device.type == "cuda" else 2048, {}
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    side, found = 8192 if device.type == "cuda" else 2048, {}
     for dtype in {torch.float32, resolve_precision(amp, device)}:
         square = torch.randn(side, side, device=device).to(dtype)
-        timer = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads())
-        found[type_name(dtype)] = 2 * side**3 / timer.blocked_autorange(min_run_time=1).median
+        known = {"square": square, "now": now, "device": device}
+        seconds = timeit.repeat("square @ square; now(device)", number=1, repeat=7, globals=known)
+        found[type_name(dtype)] = 2 * side**3 / median(seconds[2:])
     return found
 
 

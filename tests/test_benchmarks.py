@@ -50,9 +50,9 @@ def test_steps(tmp_path, capsys):
 def test_everything_for_a_gpu(tmp_path):
     """On the CPU: the tests are skipped, two processes share gloo, and the run is added to an earlier one."""
     earlier = {"hardware": "other", "date": "2026-01-01", "tests": "none", "rates": {}, "pairs": [], "groups": []}
-    (tmp_path / "gpu.json").write_text(json.dumps([earlier]))
+    (tmp_path / "gpu.json").write_text(json.dumps({"runs": [earlier]}))
     benchmark("gpu.py", *TINY, "--output", tmp_path / "gpu", "--paths", "default", "stored")
-    first, second = json.loads((tmp_path / "gpu.json").read_text())
+    first, second = json.loads((tmp_path / "gpu.json").read_text())["runs"]
     assert first == earlier and "skipped" in second["tests"]
     assert second["pairs"][0]["paths"].keys() == {"default", "stored"}
     assert [row.split(" | ")[2] for row in second["groups"]] == ["2, 1", "4, 2"]

@@ -75,12 +75,6 @@ def metadata(kind, path):
         return json.loads(file.metadata()["preprocessing"])
 
 
-@pytest.fixture(autouse=True)
-def speed_is_measured_briefly(monkeypatch):
-    """Each network of a table runs for a moment only."""
-    monkeypatch.setattr(exporting, "SECONDS", 0.01)
-
-
 @pytest.mark.parametrize("kind", exporting.FORMATS)
 def test_every_format_computes_what_the_network_does(kind, tmp_path, capsys, monkeypatch):
     network, weights = save_network(tmp_path / "weights.pth", "resnet8_aux")

@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import tempfile
+import timeit
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from utils import UserError, first_line, replacing
 
@@ -24,7 +24,6 @@ FORMATS = ("onnx", "pt2", "safetensors", "state_dict")
 INPUT, OUTPUT = "images", "logits"
 TOLERANCE = 1e-3  # of the largest logit
 BATCH = 32
-SECONDS = 0.5  # that a measurement of speed lasts
 METADATA = "preprocessing"  # its name in .pt2 and .safetensors files
 
 Run = Callable[[Tensor], Tensor]
@@ -183,8 +182,8 @@ def compare(first: Run, second: Run, images: Tensor) -> Comparison:
 @torch.no_grad()
 def seconds(run: Run, images: Tensor) -> float:
     """Return the seconds in which a network computes a batch of images (B, 3, S, S)."""
-    timer = Timer("run(images)", globals={"run": run, "images": images}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=SECONDS).median
+    count, taken = timeit.Timer(lambda: run(images)).autorange()
+    return taken / count
 
 
 def top1(run: Run, batches: Iterable) -> float:
