@@ -40,7 +40,8 @@ def shaping(trainer: "Trainer") -> dict[str, Any]:
     settings = {name: value for name, value in trainer.settings.items() if name not in FREE_ARGUMENTS}
     data = {"epochs": trainer.epochs, "steps an epoch": len(trainer.train), "images": trainer.info.get("images")}
     data["classes"] = trainer.info.get("class_names")
-    return {**settings, **data, "teacher": trainer.teacher_digest, "torch": str(torch.__version__)}
+    data |= {"resume": trainer.resume, "teacher": trainer.teacher_digest, "torch": str(torch.__version__)}
+    return {**settings, **data}
 
 
 def claim(trainer: "Trainer") -> Checkpoint | None:
