@@ -261,8 +261,9 @@ class Imitation(Objective):
         """Return the terms of a batch, and the student's outputs."""
         teacher = self.teach(batch)
         student = self.read(model, batch.images)
+        terms = self.imitation(student, teacher, batch)
         task = self.ce_weight * self.cross_entropy(student.logits, batch.labels)
-        return {"task": task, **self.imitation(student, teacher, batch)}, [Outputs(student.logits)]
+        return {"task": task, **terms}, [Outputs(student.logits)]
 
     def imitation(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the terms of the outputs of student and teacher."""
