@@ -38,7 +38,7 @@ def main(args, world):
     args.arch = options.named(args.arch, checkpoint, args.net)
     recorded = {**options.own_statistics(args.arch), **imagesets.recorded(checkpoint.info)}
     images = imagesets.load_test(**{**recorded, **options.test_settings(args)}, world=world)
-    network = options.create(args, args.arch, num_classes, images.size, rotations or 4)
+    network = options.create(args, args.arch, num_classes, images.size, rotations or 4, checkpoint)
     checkpoint.load_into(network, args.net)
     network = network.to(world.device, memory_format=torch.channels_last).eval()
     if len(images.classes) != num_classes:

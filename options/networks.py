@@ -21,9 +21,21 @@ def add_networks(parser: Parser) -> None:
     add("--classifier", metavar="LAYER", help="layer that makes the logits, if the network has several")
 
 
-def create(args: argparse.Namespace, name: str, num_classes: int, size: int, rotations: int = 4) -> nn.Module:
-    """Return the network `name`, newly initialised, for images of `size` pixels; UserError if that is impossible."""
-    shaping = {key: value for key in ("taps", "branches", "classifier") if (value := getattr(args, key, None))}
+def create(
+    args: argparse.Namespace,
+    name: str,
+    num_classes: int,
+    size: int,
+    rotations: int = 4,
+    checkpoint: Checkpoint | None = None,
+) -> nn.Module:
+    """Return the network `name`, newly initialised, for images of `size` pixels; UserError if that is impossible.
+
+    Its branches are shaped by the command line, or as those in `checkpoint` if it records that.
+    """
+    recorded = checkpoint.content.get("args") if checkpoint else None
+    given = recorded if isinstance(recorded, dict) and "branches" in recorded else vars(args)
+    shaping = {key: given[key] for key in ("taps", "branches", "classifier") if given.get(key)}
     try:
         network = models.create(name, num_classes, rotations, size=size, **shaping)
         if models.is_external(name) and not models.is_aux(name):
