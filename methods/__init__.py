@@ -133,7 +133,7 @@ def load_teacher(args: argparse.Namespace, checkpoint: Checkpoint, num_classes: 
     if method.reads == "heads" and checkpoint.rotations == 1:
         raise UserError(f"{checkpoint.path}: {method.name} needs a teacher whose heads tell 4 rotations apart, not 1")
     name = args.tarch if method.reads == "heads" else models.backbone_name(args.tarch)
-    teacher = options.create(args, name, num_classes, size, checkpoint.rotations or 4)
+    teacher = options.create(args, name, num_classes, size, checkpoint.rotations or 4, checkpoint)
     checkpoint.load_into(teacher, args.net)
     return teacher
 
