@@ -269,10 +269,15 @@ def test_hub_weights_and_normalisation(monkeypatch):
     assert models.hub.margin("torchvision/resnet50") == pytest.approx(232 / 224)
 
 
+def last_file(folder):
+    """Return the path of the last checkpoint of the one run in a folder."""
+    (path,) = (path for path in folder.glob("*/*.pth.tar") if "_best" not in path.name)
+    return path
+
+
 def last_weights(folder):
     """Return the weights of the one run in a folder, after its last epoch."""
-    (path,) = (path for path in folder.glob("*/*.pth.tar") if "_best" not in path.name)
-    return torch.load(path)["net"]
+    return torch.load(last_file(folder))["net"]
 
 
 def test_hub_weights_behave_as_a_file_of_them(tmp_path, monkeypatch, capsys):
@@ -326,6 +331,18 @@ def test_a_network_that_cannot_be_traced_serves_methods_without_stages(tmp_path,
     assert status("train_student_cifar", *words, "--method", "fitnet", "--tag", "fitnet") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train_student")]
     assert "Untraceable" in line
+
+
+def test_weights_say_how_their_branches_were_made(tmp_path, monkeypatch):
+    """A teacher of few and light branches teaches a student of others."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("from test_external import Tiny as net\n")
+    words = (*QUICK_RUN, "--arch", "own.py:net_aux", "--checkpoint-dir")
+    run("train_teacher_cifar", *words, "teacher", "--branches", "light", "--taps", "2")
+    path = last_file(tmp_path / "teacher")
+    run("train_student_cifar", *words, "student", "--tarch", "own.py:net_aux", "--tcheckpoint", path)
+    run("test_model", "--dataset", "digits", "--arch", "own.py:net_aux", "--student-weights", path)
+    assert "auxiliary_classifier.fc3.weight" in last_weights(tmp_path / "student")
 
 
 def test_the_example_of_the_readme(tmp_path, monkeypatch):
