@@ -92,6 +92,9 @@ def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = 
     else:
         options.require_aux(parser, args, *(["arch", "tarch"] if method.reads == "heads" else ["arch"]))
     fill_constants(args, method)
+    for constant in method.constants().values():
+        if constant.pair and (pair := getattr(args, constant.dest)) != sorted(pair):
+            parser.error(f"{constant.flag}: the lower number comes first")
     return args
 
 

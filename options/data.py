@@ -59,10 +59,12 @@ def add_augmentation(parser: Parser) -> None:
 
 
 def check_data(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit with one line for a flag of folders beside images that are not in folders."""
+    """Exit with one line for flags of images that do not go together."""
     for name in FOLDER_FLAGS:
         if args.dataset not in FOLDERS and getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} is for folders of images, not for --dataset {args.dataset}")
+    if args.mean == "auto" and (args.std or "optimizer" not in args):
+        parser.error("--mean auto measures mean and std of training images; weights trained so record both")
 
 
 def test_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -116,7 +116,7 @@ share = checked(float, "a share above 0 and at most 1", lambda value: 0 < value 
 average = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 gpu_ids = checked(str, "GPU numbers such as 0 or 0,1", lambda text: re.fullmatch(r"\d+(,\d+)*", text))
 tag = checked(str, "letters, digits and any of . _ + = , -", lambda text: re.fullmatch(r"[\w.+=,-]+", text))
-path = os.path.expanduser  # a shell leaves the ~ in --data=~/images
+path = checked(os.path.expanduser, "a path", bool)  # a shell leaves the ~ in --data=~/images
 
 
 class Channels(argparse.Action):
@@ -124,8 +124,8 @@ class Channels(argparse.Action):
 
     def __call__(self, parser, args, values, flag=None):
         """Note three values, or the word auto."""
-        if len(values) not in (1, 3):
-            parser.error(f"argument {flag}: expected 1 or 3 numbers, got {len(values)}")
+        if len(values) not in (1, 3) or "auto" in values[1:]:
+            parser.error(f"argument {flag}: expected 1 or 3 numbers, got {' '.join(map(str, values))}")
         setattr(args, self.dest, "auto" if values == ["auto"] else values * (3 // len(values)))
 
 

@@ -188,6 +188,7 @@ BAD_VALUES = """
 METHOD_MISTAKES = """
 --method kd --ced-beta 3; --method mine; --method mine.py; --method supervised; --kd_T 0
 --arch resnet8; --tarch resnet8; --tarch resnet8_resnet8; --arch resnet8_resnet8; --few-ratio 1.5; --net 3
+--method dpcd --beta-range 5 1
 """
 MISTAKES = [(words, False) for words in re.split("[;\n] *", BAD_VALUES.strip())]
 MISTAKES += [(words, True) for words in re.split("[;\n] *", METHOD_MISTAKES.strip())]
@@ -217,6 +218,7 @@ def test_one_process_of_a_machine_prints_a_mistake(monkeypatch, capsys):
     [
         ("train_student_cifar", [], "--tcheckpoint"),
         ("test_model", [], "--student-weights"),
+        ("test_model", ["--student-weights", "w.pth", "--mean", "auto"], "--mean auto"),
         ("train_teacher_cifar", ["--arch", "resnet8"], "resnet8_aux"),
         ("train_teacher_cifar", ["--freezed"], "--pretrained-backbone"),
         ("train_online_kd_cifar", ["--arch", "resnet8_aux"], "resnet8_resnet8"),

@@ -347,7 +347,8 @@ def test_flags_decide_how_images_are_read(tmp_path):
 
 MISTAKES = """
 --dataset digits --image-size 16; --dataset stl10 --in-memory; --dataset cifar10 --resize pad; --in-memory --from-files
---mean 0.5 0.4; --mean 125; --std 0; --class-names no/such/file; --test-split 1
+--mean 0.5 0.4; --mean 125; --std 0; --std 0.2 --mean auto; --pretrained-backbone=
+--class-names no/such/file; --test-split 1
 """
 
 
