@@ -4,10 +4,34 @@ from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models import resnet
 
 from models.auxiliary import AuxiliaryClassifier
 from models.layers import Backbone, copy_stages, global_pool, init_weights, tapped
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's block; the shortcut is computed first, which sets the order in which gradients are summed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ReLU(residual + shortcut), (B, in, H, W) -> (B, planes, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(residual.add_(shortcut))
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's bottleneck, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ReLU(residual + shortcut), (B, in, H, W) -> (B, 4 * planes, H / stride, W / stride)."""
+        shortcut = self.project(x)
+        residual = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        return self.relu(self.bn3(self.conv3(residual)).add_(shortcut))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the shortcut."""
+        return x if self.downsample is None else self.downsample(x)
 
 
 class CifarBottleneck(Bottleneck):
@@ -17,11 +41,9 @@ class CifarBottleneck(Bottleneck):
         super().__init__(in_planes, planes, stride)
         self.shortcut = shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ReLU(residual + shortcut), (B, in, H, W) -> (B, 4 * planes, H / stride, W / stride)."""
-        residual = self.relu(self.bn1(self.conv1(x)))
-        residual = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(residual)))))
-        return self.relu(residual.add_(x if self.shortcut is None else self.shortcut(x)))
+    def project(self, x: Tensor) -> Tensor:
+        """Return the shortcut."""
+        return x if self.shortcut is None else self.shortcut(x)
 
 
 def residual_stage(block: type[nn.Module], in_planes: int, planes: int, repeats: int, stride: int) -> nn.Sequential:
