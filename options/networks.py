@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import models
+from models.tracer import TraceError
 from options.parser import Parser, positive
 from utils import Checkpoint, UserError, first_line
 
@@ -45,7 +46,7 @@ def create(
             with contextlib.suppress(ValueError):  # methods that read no stages train it all the same
                 models.read_stages(network, torch.zeros(1, 3, size, size))
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
-        advice = "; --method kd and dkd need no branches" if name.endswith("_aux") else ""
+        advice = "; --method kd and dkd need no branches" if isinstance(error, TraceError) else ""
         raise UserError(f"{name}, images of {size} pixels: {first_line(error)}{advice}") from None
     return network
 
