@@ -283,6 +283,7 @@ def test_a_teachers_log_and_checkpoints(tmp_path):
     assert list(folder.glob("events.out.tfevents*")) and not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_as_it_is(tmp_path):
     """Bit-exactly; the digest of its file is recorded."""
     weights = save_teacher(tmp_path / "backbone.pth", "resnet8")
@@ -304,6 +305,7 @@ def test_a_line_every_two_minutes_without_a_terminal(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == [f"epoch 1/3, step {n}/100: loss 0.50" for n in (3, 5, 8)]
 
 
+@pytest.mark.slow
 def test_a_pair_names_its_better_network(tmp_path, capsys):
     argv = [*QUICK, "--epochs", "1", "--arch", "resnet8_resnet8", "--checkpoint-dir", tmp_path]
     run("train_online_kd_cifar", *argv)

@@ -69,7 +69,10 @@ def stored(root):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-@pytest.mark.parametrize("method", [methods.HSAKD, methods.KD, methods.DKD, methods.DPCD])
+SLOW = pytest.param(methods.HSAKD, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("method", [SLOW, methods.KD, methods.DKD, methods.DPCD])
 def test_stored_outputs_are_the_teachers(method, tmp_path):
     """In float32 on the CPU: up to the rounding of another batch size, which is below 1e-6 (and 0 where it was run).
 
@@ -141,6 +144,7 @@ def test_a_resumed_run_reads_the_store_bit_exactly(teacher, tmp_path):
     assert_same_run(*(next((tmp_path / name).iterdir()) for name in ("again", "whole")))
 
 
+@pytest.mark.slow
 def test_images_from_files(tmp_path):
     """With the workers' transforms; rows of unreadable images stay empty, and no batch asks for them."""
     write_splits(tmp_path / "images", [(24 + i, 20) for i in range(9)])
