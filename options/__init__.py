@@ -118,7 +118,11 @@ def add_start(parser: Parser) -> None:
     add_networks(parser)
     add_augmentation(parser)
     add = parser.add_argument_group("start").add_argument
-    add("--pretrained-backbone", type=path, help="weights of the backbone to start from, also of other classes")
+    add(
+        "--pretrained-backbone",
+        type=path,
+        help="weights of the backbone to start from, also of other classes, or hub: its library's",
+    )
     if "--weights-key" not in parser._option_string_actions:
         add_weights_key(add, "--pretrained-backbone")
 
