@@ -118,11 +118,7 @@ def add_start(parser: Parser) -> None:
     add_networks(parser)
     add_augmentation(parser)
     add = parser.add_argument_group("start").add_argument
-    add(
-        "--pretrained-backbone",
-        type=path,
-        help="weights of the backbone to start from, also of other classes, or hub: its library's",
-    )
+    add("--pretrained-backbone", type=path, help="weights to start from, also of other classes, or hub: the library's")
     if "--weights-key" not in parser._option_string_actions:
         add_weights_key(add, "--pretrained-backbone")
 
