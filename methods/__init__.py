@@ -66,12 +66,7 @@ def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = 
     """Parse a student script's command line: trained teacher, `--method`, and the constants of the method chosen."""
     add = parser.add_argument_group("teacher and method").add_argument
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
-    add(
-        "--tcheckpoint",
-        type=options.path,
-        required=True,
-        help="trained weights of the teacher, or hub: the library's own",
-    )
+    add("--tcheckpoint", type=options.path, required=True, help="weights of the teacher, or hub: the library's own")
     options.add_choice(add, "--tcheckpoint")
     options.add_statistics(add, "teacher-", "of the teacher's images; default: its file's, else the student's")
     add("--teacher-cache", type=options.path, metavar="DIR", help="store of teachers' outputs; needs --views")
