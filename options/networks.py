@@ -35,8 +35,9 @@ def create(
     Its branches are shaped by the command line, or as those in `checkpoint` if it records that.
     """
     recorded = checkpoint.content.get("args") if checkpoint else None
-    given = recorded if isinstance(recorded, dict) and "branches" in recorded else vars(args)
-    shaping = {key: given[key] for key in ("taps", "branches", "classifier") if given.get(key)}
+    given = recorded if isinstance(recorded, dict) and "branches" in recorded else {}
+    flags = {key: getattr(args, key, None) for key in ("taps", "branches", "classifier")}
+    shaping = {key: value for key in flags if (value := (given or flags).get(key))}
     try:
         network = models.create(name, num_classes, rotations, size=size, **shaping)
         if models.is_external(name) and not models.is_aux(name):
