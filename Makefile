@@ -22,7 +22,7 @@ demo: .venv/installed
 # The tests' networks are small: two processes of one thread each are faster than one process of two threads.
 test: .venv/installed
 	$(PY) -m pytest -m cuda $$(grep -l mark.cuda tests/test_*.py)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(PY) -m ruff check .
