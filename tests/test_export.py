@@ -75,6 +75,7 @@ def metadata(kind, path):
         return json.loads(file.metadata()["preprocessing"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", exporting.FORMATS)
 def test_every_format_computes_what_the_network_does(kind, tmp_path, capsys, monkeypatch):
     network, weights = save_network(tmp_path / "weights.pth", "resnet8_aux")

@@ -333,6 +333,7 @@ def test_a_network_that_cannot_be_traced_serves_methods_without_stages(tmp_path,
     assert "Untraceable" in line
 
 
+@pytest.mark.slow
 def test_weights_say_how_their_branches_were_made(tmp_path, monkeypatch):
     """A teacher of few and light branches teaches a student of others."""
     monkeypatch.chdir(tmp_path)

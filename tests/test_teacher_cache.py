@@ -106,6 +106,7 @@ OTHERS += [{"views_seed": 1}, {"augment": "rrc"}, {"augment": "strong"}, {"augme
 OTHERS += [{"crop_size": 24}, {"mean": (0.5, 0.5, 0.5)}, {"amp": "bf16"}, {"cache_dtype": "float16"}]
 
 
+@pytest.mark.slow
 def test_another_store_is_never_used(monkeypatch):
     """Of another teacher, method's reading, data, size, seed of views, augmentation, normalisation or number type."""
     monkeypatch.setattr(teacher_cache.TeacherCache, "check_room", lambda _: None)
