@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -62,6 +63,16 @@ def add_constants(parser: argparse.ArgumentParser, method: type[Objective]) -> N
         add(constant.flag, type=constant.kind, help=f"{constant.help} (default: {default})", **pair)
 
 
+def refuse_others(parser: options.Parser, argv: list[str] | None, method: type[Objective]) -> None:
+    """Exit with one line for a flag of another method, which argparse might take for the beginning of a flag."""
+    own = {constant.dest for constant in method.constants().values()}
+    others = {constant.dest for other in METHODS.values() for constant in other.constants().values()} - own
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag[2:].replace("-", "_") in others:
+            parser.error(f"{flag} has no part in --method {method.name}")
+
+
 def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn_40_2_aux") -> argparse.Namespace:
     """Parse a student script's command line: trained teacher, `--method`, and the constants of the method chosen."""
     add = parser.add_argument_group("teacher and method").add_argument
@@ -82,6 +93,7 @@ def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = 
         parser.error(f"--method {method.name} learns from no trained teacher")
     if "batch_size" in parser.recipe:
         parser.recipe["batch_size"] = method.imagenet_batch
+    refuse_others(parser, argv, method)
     add_constants(parser, method)
     args = options.finish(parser, argv)
     for name in ("arch", "tarch"):

@@ -186,7 +186,7 @@ BAD_VALUES = """
 --arch resnet8_resnet8; --few-ratio 0
 """
 METHOD_MISTAKES = """
---method kd --ced-beta 3; --method mine; --method mine.py; --method supervised; --kd_T 0
+--method kd --ced-beta 3; --method kd --ema 0.9; --method mine; --method mine.py; --method supervised; --kd_T 0
 --arch resnet8; --tarch resnet8; --tarch resnet8_resnet8; --arch resnet8_resnet8; --few-ratio 1.5; --net 3
 --method dpcd --beta-range 5 1
 """
