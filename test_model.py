@@ -13,8 +13,9 @@ import torch
 import imagesets
 import options
 import utils
+from models.cost import cost
 from training import launch
-from training.metrics import by_class, confusion, cost, evaluate, table_of
+from training.metrics import by_class, confusion, evaluate, table_of
 from training.precision import resolve_precision, type_name
 
 KINDS = {None: "a plain backbone", 1: "DPCD (heads over classes)", 4: "HSAKD (heads over class and rotation)"}

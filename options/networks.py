@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import models
+from models.cost import branch_costs
 from models.tracer import TraceError
 from options.parser import Parser, positive
-from utils import Checkpoint, UserError, first_line
+from utils import Checkpoint, UserError, first_line, print_main
 
 
 def add_networks(parser: Parser) -> None:
@@ -49,7 +50,15 @@ def create(
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         advice = "; --method kd and dkd need no branches" if isinstance(error, TraceError) else ""
         raise UserError(f"{name}, images of {size} pixels: {first_line(error)}{advice}") from None
+    if models.is_external(name) and models.is_aux(name) and "optimizer" in args:
+        print_costs(name, branch_costs(name, num_classes, size, rotations=rotations, **shaping))
     return network
+
+
+def print_costs(name: str, costs: dict[str, dict[str, int]]) -> None:
+    """Print what a network costs without branches, with copied and with light ones."""
+    each = (f"{kind} {c['parameters'] / 1e6:.2f} M and {c['multiply_adds'] / 1e6:.0f} M" for kind, c in costs.items())
+    print_main(f"{name}: parameters and multiply-adds, without branches and with each kind: {'; '.join(each)}")
 
 
 def own_statistics(name: str) -> dict[str, Any]:

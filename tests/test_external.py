@@ -15,6 +15,7 @@ from torch import nn
 
 import models
 import utils
+from models.cost import branch_costs
 from scripts import QUICK_RUN, run, save_teacher, status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -333,14 +334,27 @@ def test_a_network_that_cannot_be_traced_serves_methods_without_stages(tmp_path,
     assert "Untraceable" in line
 
 
+def test_what_branches_cost_is_counted_without_their_memory():
+    before, name = torch.get_rng_state(), "torchvision/squeezenet1_1_aux"
+    costs = branch_costs(name, 10, 64)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert costs["light"]["multiply_adds"] < costs["copy"]["multiply_adds"]
+    for branches in ("copy", "light"):
+        network = models.create(name, 10, size=64, branches=branches)
+        assert costs[branches]["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+        assert costs["plain"]["parameters"] == sum(parameter.numel() for parameter in network.backbone.parameters())
+
+
 @pytest.mark.slow
-def test_weights_say_how_their_branches_were_made(tmp_path, monkeypatch):
-    """A teacher of few and light branches teaches a student of others."""
+def test_weights_say_how_their_branches_were_made(tmp_path, monkeypatch, capsys):
+    """A teacher of few and light branches teaches a student of others; what each kind costs is printed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text("from test_external import Tiny as net\n")
     words = (*QUICK_RUN, "--arch", "own.py:net_aux", "--checkpoint-dir")
     run("train_teacher_cifar", *words, "teacher", "--branches", "light", "--taps", "2")
     path = last_file(tmp_path / "teacher")
+    costs = branch_costs("own.py:net_aux", 10, 32, taps=2)
+    assert f"light {costs['light']['parameters'] / 1e6:.2f} M" in capsys.readouterr().out
     run("train_student_cifar", *words, "student", "--tarch", "own.py:net_aux", "--tcheckpoint", path)
     run("test_model", "--dataset", "digits", "--arch", "own.py:net_aux", "--student-weights", path)
     assert "auxiliary_classifier.fc3.weight" in last_weights(tmp_path / "student")

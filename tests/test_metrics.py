@@ -9,6 +9,7 @@ from torch import nn
 
 import models
 from methods import Outputs
+from models.cost import cost
 from training import metrics, precision
 
 CPU = torch.device("cpu")
@@ -125,7 +126,7 @@ def test_networks_of_users_are_whole(looks):
     network, images = Own(looks), torch.randn(5, 3, 9, 9)
     labels = network(images).argmax(1)
     assert metrics.evaluate(network, [(images, labels)], CPU, heads=True)["top1"] == 100
-    parts = metrics.cost(network, 9)
+    parts = cost(network, 9)
     assert parts["backbone"] == parts["with_heads"] == {"parameters": 147, "multiply_adds": 16 * 27 * 4 + 28}
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import models
+from models.cost import branch_costs
 from models.hub import default_size
-from training.metrics import cost
 from utils import first_line
 
 NUM_CLASSES = 100
@@ -47,11 +47,11 @@ def survey(name: str) -> str:
 def costs(name: str) -> str:
     """Return a line of the table: parameters in millions and multiply-adds in millions, plain, copied, light."""
     size = default_size(name)
-    networks = {branches: create(f"{name}_aux", branches=branches).eval() for branches in ("copy", "light")}
-    copied, light = (cost(network, size) for network in networks.values())
-    parts = copied["backbone"], copied["with_heads"], light["with_heads"]
-    numbers = [" / ".join(f"{part[key] / 1e6:.2f}" for part in parts) for key in ("parameters", "multiply_adds")]
-    return f"| {name} | {size} | {shown_taps(networks['copy'])} | {' | '.join(numbers)} |"
+    found = branch_costs(f"{name}_aux", NUM_CLASSES, size)
+    numbers = [
+        " / ".join(f"{part[key] / 1e6:.2f}" for part in found.values()) for key in ("parameters", "multiply_adds")
+    ]
+    return f"| {name} | {size} | {shown_taps(create(f'{name}_aux'))} | {' | '.join(numbers)} |"
 
 
 def main() -> None:

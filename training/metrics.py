@@ -1,4 +1,4 @@
-"""What is measured: sums that stay on the device, accuracies of every classifier, evaluation, cost, an epoch's line."""
+"""What is measured: sums that stay on the device, accuracies of every classifier, evaluation, an epoch's line."""
 
 import math
 import sys
@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from losses import joint_labels, rotate
 from methods import Outputs
 from methods.base import split_outputs
 from models import MutualPair, backbone_of
-from models.tracer import META, meta_copy
 from training.distributed import sum_over_ranks
 from training.precision import autocast
 from utils import unwrap
@@ -220,30 +218,6 @@ def table_of(classes: list[dict[str, Any]]) -> Iterator[str]:
         top1 = "-" if entry["top1"] is None else f"{entry['top1']:.2f}"
         taken = f"{entry['taken_for']} ({entry['times']})" if entry["times"] else ""
         yield f"{entry['name']:{width}}  {entry['images']:6}  {top1:>6}  {taken}".rstrip()
-
-
-def multiply_adds(network: nn.Module, size: int) -> int:
-    """Return the multiply-adds of one forward pass of an image of `size` pixels a side."""
-    try:
-        return counted(meta_copy(network), torch.empty(1, 3, size, size, device=META))
-    except Exception:  # whatever the network's own code raises if it looks at values
-        return counted(network, torch.zeros(1, 3, size, size, device=next(network.parameters()).device))
-
-
-def counted(network: nn.Module, images: Tensor) -> int:
-    """Return the multiply-adds of one forward pass of `images` (B, 3, H, W)."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(images)
-    return counter.get_total_flops() // 2
-
-
-def cost(network: nn.Module, size: int) -> dict[str, dict[str, int]]:
-    """Return name -> parameters and multiply-adds, of the backbone and with the auxiliary classifiers."""
-    parts = {"backbone": backbone_of(network), "with_heads": network}
-    return {
-        name: {"parameters": sum(p.numel() for p in part.parameters()), "multiply_adds": multiply_adds(part, size)}
-        for name, part in parts.items()
-    }
 
 
 def peak_memory(device: torch.device) -> float:
