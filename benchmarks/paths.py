@@ -19,11 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import imagesets  # noqa: E402
 import methods  # noqa: E402
-import models  # noqa: E402
+import models.cost  # noqa: E402
 from imagesets import in_memory  # noqa: E402
 from imagesets.augment import CropFlip  # noqa: E402
 from imagesets.images import ImageSet, Settings  # noqa: E402
-from models.cost import multiply_adds  # noqa: E402
 from training import Trainer, metrics, teacher_cache  # noqa: E402
 from training.precision import autocast, type_name  # noqa: E402
 from utils import World  # noqa: E402
@@ -59,8 +58,8 @@ class Case(NamedTuple):
         Those of a backward pass are not counted: torch's counter takes a grouped convolution's for a dense one's.
         """
         student, objective = self.create()
-        trained = 0 if path in ("inference", "filling") else 3 * multiply_adds(student, SIZE)
-        taught = 0 if "stored" in path or path == "memory" else multiply_adds(objective.teacher, SIZE)
+        trained = 0 if path in ("inference", "filling") else 3 * models.cost.multiply_adds(student, SIZE)
+        taught = 0 if "stored" in path or path == "memory" else models.cost.multiply_adds(objective.teacher, SIZE)
         return 4 * 2 * (trained + taught)
 
 
