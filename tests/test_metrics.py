@@ -50,12 +50,13 @@ class Lookup(nn.Module):
 
     def __init__(self, logits, aux_logits=(), rotations=1):
         super().__init__()
-        self.logits, self.aux_logits, self.rotations, self.num_classes = logits, aux_logits, rotations, logits.shape[1]
+        self.logits, self.aux_logits, self.turns = logits, aux_logits, rotations
+        self.rotations, self.num_classes = rotations, logits.shape[1]
 
     def forward(self, images):
         # The number is in the upper left corner of 2 x 2 pixels; quarter turns take it along the others.
         number, corner = images[:, 0].flatten(1).max(1)
-        rows = (number.long() - 1) * self.rotations + torch.tensor([0, 3, 1, 2])[corner] % self.rotations
+        rows = (number.long() - 1) * self.turns + torch.tensor([0, 3, 1, 2])[corner] % self.turns
         return (self.logits[rows], [aux[rows] for aux in self.aux_logits]) if self.aux_logits else self.logits[rows]
 
 
@@ -91,6 +92,8 @@ def test_evaluation_of_heads_by_hand():
         loss = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2
         expected = {"loss": loss, "top1": 50.0, "top5": 100.0, "mean_class": 50.0}
         assert metrics.evaluate(network, batches, CPU) == pytest.approx(expected)
+        assert metrics.evaluate(network, batches, CPU, heads=True) == pytest.approx(expected | heads)
+        del network.rotations  # a user's network with heads of the same form
         assert metrics.evaluate(network, batches, CPU, heads=True) == pytest.approx(expected | heads)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from losses import joint_labels, rotate
 from methods import Outputs
-from methods.base import split_outputs
+from methods.base import rotations_of, split_outputs
 from models import MutualPair, backbone_of
 from training.distributed import sum_over_ranks
 from training.precision import autocast
@@ -123,9 +123,11 @@ def networks(model: nn.Module) -> dict[str, nn.Module]:
 
 def test_logits(network: nn.Module, images: Tensor, heads: bool) -> tuple[Tensor, list[Tensor]]:
     """Return the class logits (B, N) of images (B, C, H, W), and with `heads` the auxiliary logits of all views."""
-    views = getattr(network, "rotations", None) if heads else None
-    if views is None:
-        return split_outputs(backbone_of(network)(images)).logits.float(), []
+    if not heads or not hasattr(network, "rotations"):
+        outputs = split_outputs(backbone_of(network)(images))
+        if not heads or not outputs.aux_logits:
+            return outputs.logits.float(), []
+    views = rotations_of(network)
     outputs = split_outputs(network(rotate(images, views)))
     return outputs.logits[::views].float(), outputs.aux_logits
 
@@ -133,7 +135,7 @@ def test_logits(network: nn.Module, images: Tensor, heads: bool) -> tuple[Tensor
 def test_sums(network: nn.Module, images: Tensor, labels: Tensor, heads: bool) -> tuple[dict[str, Tensor], Tensor]:
     """Return name -> sum over a batch of losses and hits in percent, and each class's (hits, images) as (2, N)."""
     logits, aux_logits = test_logits(network, images, heads)
-    found = head_hits(aux_logits, labels, network.rotations, upright=True) if aux_logits else {}
+    found = head_hits(aux_logits, labels, rotations_of(network), upright=True) if aux_logits else {}
     top5 = logits.topk(min(5, logits.shape[1])).indices
     found["top1"] = hits(logits, labels)
     found["top5"] = (top5 == labels.unsqueeze(1)).any(1).sum()
