@@ -6,7 +6,7 @@ PY := .venv/bin/python
 
 help:
 	@echo "make demo   distil a student on the handwritten digits and test it (under four minutes on two cores)"
-	@echo "make test   run all tests (under eight minutes on two cores)"
+	@echo "make test   run all tests (about nine minutes on two cores)"
 	@echo "make lint   check style and formatting"
 
 .venv/installed: requirements.txt requirements-extra.txt
