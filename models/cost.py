@@ -38,7 +38,7 @@ def cost(network: nn.Module, size: int) -> dict[str, dict[str, int]]:
 def branch_costs(name: str, num_classes: int, size: int, **options: Any) -> dict[str, dict[str, int]]:
     """Return the `cost` of a library's or a file's `_aux` network: "plain", with "copy" and with "light" branches.
 
-    The networks are built on the meta device, or on the CPU if they compute widths with tensors while they are built;
+    The networks are built on the meta device, or on the CPU if they read values of tensors while they are built;
     `options` are those of `models.create`. The random numbers of the process stay where they are.
     """
     found = {}
@@ -47,7 +47,7 @@ def branch_costs(name: str, num_classes: int, size: int, **options: Any) -> dict
             try:
                 with META:
                     network = models.create(name, num_classes, size=size, **{**options, "branches": branches})
-            except NotImplementedError:
+            except Exception:  # whatever the network's own code raises on meeting a tensor without values
                 network = models.create(name, num_classes, size=size, **{**options, "branches": branches})
         costs = cost(network.eval(), size)
         found |= {"plain": costs["backbone"], branches: costs["with_heads"]}

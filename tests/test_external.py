@@ -334,8 +334,21 @@ def test_a_network_that_cannot_be_traced_serves_methods_without_stages(tmp_path,
     assert "Untraceable" in line
 
 
-def test_what_branches_cost_is_counted_without_their_memory():
-    before, name = torch.get_rng_state(), "torchvision/squeezenet1_1_aux"
+READS_VALUES = """
+import torch
+from test_external import Tiny
+
+def net(num_classes):
+    assert torch.linspace(0, 1, 3)[2].item() == 1  # as rates of stochastic depth are often made
+    return Tiny(num_classes)
+"""
+
+
+@pytest.mark.parametrize("name", ["torchvision/squeezenet1_1_aux", "own.py:net_aux"])
+def test_what_branches_cost_is_counted_without_their_memory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(READS_VALUES)
+    before = torch.get_rng_state()
     costs = branch_costs(name, 10, 64)
     assert torch.equal(torch.get_rng_state(), before)
     assert costs["light"]["multiply_adds"] < costs["copy"]["multiply_adds"]
