@@ -52,7 +52,7 @@ def published(command, port=None, gpus="0,1", machines=1, rank=0):
 
 
 def start(command, **more):
-    """Start a command in the project's folder, in a session of its own."""
+    """Start a command in the project's folder, in a process group of its own."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "bufsize": 1}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
