@@ -37,9 +37,9 @@ def check(name: str) -> None:
     library, _, bare = name.partition("/")
     if library == "timm":
         timm = _timm(name)
-        if timm.is_model(bare):
+        if timm.is_model(bare) and ("." not in bare or timm.is_model_pretrained(bare)):
             return
-        known = timm.list_models()
+        known = timm.list_models() + timm.list_pretrained()
     else:
         known = torchvision.models.list_models(torchvision.models)
         if bare in known:

@@ -243,9 +243,16 @@ def test_create_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("torchvision/resnet19_aux", "torchvision/resnet18"), ("resnet21", "resnet20")]
+    ("name", "nearest"),
+    [
+        ("torchvision/resnet19_aux", "torchvision/resnet18"),
+        ("resnet21", "resnet20"),
+        ("timm/resnet18.a1_in2k_aux", "timm/resnet18.a1_in1k"),
+    ],
 )
 def test_unknown_names_list_the_nearest(name, nearest):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
     with pytest.raises(ValueError, match=nearest):
         models.create(name, 10)
 
