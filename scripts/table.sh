@@ -4,6 +4,10 @@
 # resumes.
 #   scripts/table.sh                          every row and seed that is missing
 #   scripts/table.sh row NAME SEED [flags]    one run
+# Rows that ask how often a view may be repeated: few_V (100 images a class, 60 epochs) and all_V (12 epochs), HSAKD with
+# V fixed views of an image or with V = fresh:
+#   ROWS="few_fresh few_1 few_4 few_16 all_fresh all_4" SEEDS="0 1" RESULTS=results/repeats.jsonl STORE=store \
+#       scripts/table.sh
 # Settings beside those of common.sh:
 #   ROWS, SEEDS, JOBS    what is run, and how many runs at once (2)
 #   RESULTS              results/table.jsonl; `python report.py results/table.jsonl` prints the table
@@ -14,19 +18,28 @@ source "$(dirname "$0")/common.sh"
 export OMP_NUM_THREADS=1
 ROWS=${ROWS:-alone kd dkd dist wttm crd reviewkd dpcd hssakd hsakd} SEEDS=${SEEDS:-0 1 2} JOBS=${JOBS:-2}
 RESULTS=${RESULTS:-results/table.jsonl} TEACHER=${TEACHER:-results/teacher_resnet20_cifar100.pth}
-stored=(${VIEWS:+--views "$VIEWS"} ${STORE:+--teacher-cache "$STORE"})
+networks=(--tarch resnet20_aux --arch resnet8_aux --tcheckpoint "$TEACHER")
+stored=()
 
 # student METHOD [flags]
 student() {
-    train train_student_cifar.py --tarch resnet20_aux --arch resnet8_aux --tcheckpoint "$TEACHER" --method "$@"
+    train train_student_cifar.py "${networks[@]}" --method "$@"
 }
 
 # row NAME SEED [flags]; schedules scale with the run: 150, 180 and 210 of 240 epochs are 9, 11 and 13 of 15, and a
 # warm-up of 20 is one of 1.
 row() {
-    flags=(--dataset cifar100 --epochs 15 --milestones 9 11 13 --init-lr 0.05 --batch-size 64 --tag "$1" --resume "${@:3}")
+    local length=(--epochs 15 --milestones 9 11 13)
+    case $1 in
+        few_*) length=(--epochs 60 --milestones 38 45 53) VIEWS=${1#few_} ;;
+        all_*) length=(--epochs 12 --milestones 8 9 11) VIEWS=${1#all_} ;;
+    esac
+    if [ "${VIEWS:-fresh}" != fresh ]; then stored=(--views "$VIEWS" ${STORE:+--teacher-cache "$STORE"}); fi
+    flags=(--dataset cifar100 "${length[@]}" --init-lr 0.05 --batch-size 64 --tag "$1" --resume "${@:3}")
     SEED=$2 CHECKPOINTS=$CHECKPOINTS/table
     case $1 in
+        few_*) train train_student_few_shot.py --few-ratio 0.2 "${networks[@]}" ${stored[@]+"${stored[@]}"} ;;
+        all_*) student hsakd ${stored[@]+"${stored[@]}"} ;;
         alone) train train_baseline_cifar.py --arch resnet8 ;;
         hssakd) train train_online_kd_cifar.py --arch resnet8_resnet8 ;;
         crd) student crd --negatives 4096 ;;

@@ -52,6 +52,16 @@ def test_stored_outputs_serve_the_methods_that_read_logits_or_heads(tmp_path):
     assert stored == set(ROWS + BEYOND) - {"alone", "crd", "reviewkd", "hssakd"}
 
 
+def test_rows_of_repeated_views(tmp_path):
+    rows = ["few_fresh", "few_1", "few_4", "few_16", "all_fresh", "all_4"]
+    found = commands(tmp_path, ROWS=" ".join(rows), SEEDS="0", STORE=tmp_path / "store")
+    views = {row: (args.views, bool(args.teacher_cache)) for (row, _), args in found.items()}
+    fresh, stored = (None, False), {f"few_{count}": (count, True) for count in (1, 4, 16)}
+    assert views == {"few_fresh": fresh, "all_fresh": fresh, "all_4": (4, True), **stored}
+    assert {(args.few_ratio, args.epochs) for (row, _), args in found.items() if row[:3] == "few"} == {(0.2, 60)}
+    assert {args.epochs for (row, _), args in found.items() if row[:3] == "all"} == {12}
+
+
 @pytest.mark.slow
 def test_a_run_is_collected_and_then_left_out(tmp_path):
     """One row's command for two steps on made images; its line is what report.py reads."""
