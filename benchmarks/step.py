@@ -78,8 +78,8 @@ def rows(result, rates):
         cells = [result["pair"].replace(":", " -> "), f"{path}, {precision}"]
         cells += [f"{result['batch_size']}, {result['processes']}", ranged(speeds)]
         for base in BASES:
-            others = result["paths"].get(base, ()) if path not in (base, "reference") else ()
-            ratios = [theirs[0] / ours[0] for theirs, ours in zip(others, rounds, strict=False)]
+            others = result["paths"].get(base) if path not in (base, "reference") else None
+            ratios = others and [theirs[0] / ours[0] for theirs, ours in zip(others, rounds, strict=True)]
             cells.append(ranged(ratios, 2) if ratios else "")
         share = median(speeds) * result["flops"][path] / rates[precision]
         found.append([*cells, f"{share:.0%}", f"{peak:.0f}", f"{RECIPE / median(speeds) / 3600:.1f}"])

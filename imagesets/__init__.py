@@ -52,8 +52,9 @@ class Data(NamedTuple):
 def recorded(info: dict[str, Any]) -> dict[str, Any]:
     """Return the settings by which test images are read as the training images that a checkpoint's `info` describes."""
     names = ("mean", "std", "class_names", "size", "resize", "test_split", "grey_range")
-    published = {**dict.fromkeys(folders.TESTS, folders.STATISTICS), **STATISTICS}.get(info.get("dataset"), ())
-    found = dict(zip(("mean", "std"), published, strict=False))  # of files that are older than what they record
+    published = {**dict.fromkeys(folders.TESTS, folders.STATISTICS), **STATISTICS}.get(info.get("dataset"))
+    # For files that are older than what they record.
+    found = dict(zip(("mean", "std"), published, strict=True)) if published else {}
     return found | {name: info[name] for name in names if info.get(name) is not None}
 
 

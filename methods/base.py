@@ -80,7 +80,8 @@ STANDARDIZE = Constant(False, "standardize both networks' logits before the temp
 
 
 def _fits(key: str, teacher: str | None, student: str | None) -> bool:
-    beginnings = zip(key.split("->"), (teacher, student), strict=False)
+    *pair, last = key.split("->")
+    beginnings = [(pair[0], teacher), (last, student)] if pair else [(last, teacher)]
     return all(arch is not None and _of_family(beginning, arch) for beginning, arch in beginnings)
 
 
@@ -95,9 +96,10 @@ def split_outputs(outputs: Any) -> Outputs:
     return Outputs(outputs) if torch.is_tensor(outputs) else Outputs(outputs[0], list(outputs[1]))
 
 
-def paired_heads(first: list[Tensor], second: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pair two networks' auxiliary logits, shallow to deep; from the deepest on, if one has more heads."""
-    return list(zip(reversed(first), reversed(second), strict=False))[::-1]
+def paired(first: list[Tensor], second: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pair what two networks have at their stages, shallow to deep; the deepest ones, if one has more."""
+    count = min(len(first), len(second))
+    return list(zip(first[len(first) - count :], second[len(second) - count :], strict=True))
 
 
 def rotations_of(model: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 import options
 from losses import kl
-from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired_heads, rotations_of
+from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired, rotations_of
 
 
 class HSAKD(Objective):
@@ -21,7 +21,7 @@ class HSAKD(Objective):
         student = self.read(model, batch.images)
         check_heads(student)
         check_heads(teacher)
-        pairs = paired_heads(student.aux_logits, teacher.aux_logits)
+        pairs = paired(student.aux_logits, teacher.aux_logits)
         logits = student.logits[::rotations]
         terms = {
             "task": self.cross_entropy(logits, batch.labels),

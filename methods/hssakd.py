@@ -2,7 +2,7 @@
 
 import options
 from losses import cross_entropy, joint_labels, kl, rotate
-from methods.base import STANDARDIZE, Constant, Objective, Outputs, paired_heads, rotations_of
+from methods.base import STANDARDIZE, Constant, Objective, Outputs, paired, rotations_of
 
 
 class HSSAKD(Objective):
@@ -24,7 +24,7 @@ class HSSAKD(Objective):
             "task": sum(self.cross_entropy(outputs.logits, batch.labels) for outputs in upright),
             "aux": sum(cross_entropy(aux, joint) for aux in (*both_aux[0], *both_aux[1])),
             "logit_kl": self.mutual_kl(*both_logits),
-            "aux_kl": sum(self.mutual_kl(*pair) for pair in paired_heads(*both_aux)),
+            "aux_kl": sum(self.mutual_kl(*pair) for pair in paired(*both_aux)),
         }
         return terms, upright
 

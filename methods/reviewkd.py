@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import options
 from losses import hcl
-from methods.base import Constant, Imitation, ramp, with_features
+from methods.base import Constant, Imitation, paired, ramp, with_features
 
 # The authors' weights by pair; 1 is the default of their code.
 WEIGHTS = {"wrn": 5.0, "resnet": 0.6, "resnet110": 1.0, "resnet32x4": 5.0, "resnet32x4->ShuffleV2": 8.0}
@@ -54,23 +54,23 @@ class ReviewKD(Imitation):
 
     def prepare(self, model, images, num_images=0):
         with torch.no_grad():
-            student, teacher = (levels(with_features(network, images)) for network in (model, self.teacher))
-        middle = min(512, student[0].shape[1])
-        pairs = zip(student, teacher, strict=False)
+            student, teacher = (with_features(network, images) for network in (model, self.teacher))
+        middle = min(512, student.embedding.shape[1])
         self.trained["fusions"] = nn.ModuleList(
             Fusion(ours.shape[1], middle, theirs.shape[1], deepest=number == 0)
-            for number, (ours, theirs) in enumerate(pairs)
+            for number, (ours, theirs) in enumerate(levels(student, teacher))
         )
 
     def imitation(self, student, teacher, batch):
         deeper, errors = None, []
-        for fusion, ours, theirs in zip(self.trained["fusions"], levels(student), levels(teacher), strict=False):
+        for fusion, (ours, theirs) in zip(self.trained["fusions"], levels(student, teacher), strict=True):
             compared, deeper = fusion(ours, deeper, theirs.shape[-1])
             errors.append(hcl(compared, theirs))
         weight = self.feature_weight * ramp(batch.epoch, self.warmup_epochs)
         return {"features": weight * sum(errors)}
 
 
-def levels(outputs):
-    """Return what is compared, deep to shallow: the embedding as one pixel (B, D, 1, 1), then the stages."""
-    return [outputs.embedding[:, :, None, None], *reversed(outputs.features)]
+def levels(student, teacher):
+    """Return the pairs that are compared, deep to shallow: embeddings as one pixel (B, D, 1, 1), then stages."""
+    ours, theirs = ([*outputs.features, outputs.embedding[:, :, None, None]] for outputs in (student, teacher))
+    return paired(ours, theirs)[::-1]

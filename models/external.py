@@ -7,6 +7,7 @@ blocks of the same strides and widths (`light`). The last branch first repeats t
 import copy
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx, nn
@@ -178,7 +179,7 @@ def light_branches(stages: Stages) -> list[list[nn.Module]]:
     branches = []
     for index, first in enumerate(stages.maps):
         parts: list[nn.Module] = [ToMap(first.layout)]
-        for before, after in zip(stages.maps[index:], stages.maps[index + 1 :], strict=False):
+        for before, after in pairwise(stages.maps[index:]):
             stride = round((before.positions / after.positions) ** 0.5)
             parts.append(LightBlock(before.width, after.width, max(stride, 1)))
         if len(parts) == 1:

@@ -50,7 +50,7 @@ def create(
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         advice = "; --method kd and dkd need no branches" if isinstance(error, TraceError) else ""
         raise UserError(f"{name}, images of {size} pixels: {first_line(error)}{advice}") from None
-    if models.is_external(name) and models.is_aux(name) and "optimizer" in args:
+    if models.is_external(name) and models.is_aux(name) and checkpoint is None:  # it is to be trained
         print_costs(name, branch_costs(name, num_classes, size, rotations=rotations, **shaping))
     return network
 

@@ -39,9 +39,9 @@ def digit_images(count=7):
 
 def onnx_logits(path, images):
     """Return the logits of an ONNX file, read without this project's code."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (entry,) = session.get_inputs()
-    return torch.from_numpy(session.run(None, {entry.name: images.numpy()})[0])
+    network = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (entry,) = network.get_inputs()
+    return torch.from_numpy(network.run(None, {entry.name: images.numpy()})[0])
 
 
 def read_logits(kind, path, arch, images):
@@ -63,8 +63,8 @@ def read_logits(kind, path, arch, images):
 def metadata(kind, path):
     """Return what a file of a format that has room for metadata says of its images."""
     if kind == "onnx":
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+        network = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return {name: json.loads(value) for name, value in network.get_modelmeta().custom_metadata_map.items()}
     if kind == "pt2":
         files = {"preprocessing.json": ""}
         torch.export.load(path, extra_files=files)

@@ -139,8 +139,8 @@ def read_back(network: nn.Module, kind: str, path: str) -> Run:
 
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-        return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
+        program = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        return lambda images: torch.from_numpy(program.run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
     if kind == "pt2":
         return torch.export.load(path).module()
     if kind == "safetensors":

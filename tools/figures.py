@@ -30,7 +30,7 @@ def heat_maps(named: list[tuple[str, Tensor]], classes: list[str], highest: floa
     rows = (len(named) + 1) // 2
     figure = Figure(figsize=(5.2, 2.8 * rows + 0.5), layout="constrained")
     cells = figure.subplots(rows, min(len(named), 2), squeeze=False).flatten()
-    for axes, (title, matrix) in zip(cells, named, strict=False):
+    for axes, (title, matrix) in zip(cells[: len(named)], named, strict=True):
         picture = axes.imshow(matrix.numpy(), vmin=0, vmax=highest, cmap="magma_r", interpolation="nearest")
         axes.set_title(title, fontsize=9)
         shown = range(len(classes)) if len(classes) <= 12 else ()
