@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 
 import models
 from scripts import QUICK, QUICK_RUN, WORLD, run, save_teacher
-from tools import analyse
+from tools import analyse, sections
 from tools.measures import Answers, agreement, ask, by_class, confusion, divergence, overview, reliability
 from tools.sections import EXTREMES
 
@@ -74,6 +75,13 @@ def test_answers_by_rotation():
             names = ["classes", *(f"head {number}, class and rotation" for number in (1, 2, 3))]
             assert [found.by_rotation[name][turns] for name in names] == pytest.approx(shares)
         torch.testing.assert_close(found.logits, network(images)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_every_head_has_its_curve():
+    log = [{"epoch": 1, "train/top1": 50.0, **{f"train/aux{head}_joint": 9.0 for head in range(1, 12)}}]
+    section = sections.head_section(SimpleNamespace(students=[SimpleNamespace(name="many", log=log)]))
+    names = section.pictures[0][0].axes[0].get_legend_handles_labels()[1]
+    assert names == ["classes", *(f"head {number}" for number in range(1, 12))]
 
 
 @pytest.mark.slow

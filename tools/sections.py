@@ -77,14 +77,15 @@ def head_section(study: Study) -> Section:
     """Return the accuracy of every head over the epochs, of the students whose logs have it."""
     pictures = []
     for student in study.students:
-        found = {re.fullmatch(r"train/(aux\d+)_joint", key) for line in student.log for key in line}
-        heads = sorted(match[1] for match in found if match)
+        found = {re.fullmatch(r"train/aux(\d+)_joint", key) for line in student.log for key in line}
+        heads = sorted({int(match[1]) for match in found if match})
         figure, axes = axes_of(xlabel="epoch", ylabel="accuracy (%)")
         axes.plot(*curve(student.log, "train/top1"), color=TEACHER, label="classes")
         axes.plot(*curve(student.log, "test/top1"), color=TEACHER, linestyle="none", marker="o", markersize=4)
-        for head, colour in zip(heads, COLOURS, strict=False):
-            axes.plot(*curve(student.log, f"train/{head}_joint"), color=colour, label=f"head {head[3:]}")
-            axes.plot(*curve(student.log, f"test/{head}_joint"), "o", color=colour, markersize=4)
+        for head in heads:
+            colour = COLOURS[(head - 1) % len(COLOURS)]
+            axes.plot(*curve(student.log, f"train/aux{head}_joint"), color=colour, label=f"head {head}")
+            axes.plot(*curve(student.log, f"test/aux{head}_joint"), "o", color=colour, markersize=4)
         axes.legend(fontsize=8)
         pictures += [(figure, f"Heads of {student.name}.")] if heads else []
     text = "Each auxiliary head tells class and rotation apart. Lines: in training; dots: in the tests of all heads."
