@@ -1,4 +1,4 @@
-r"""Distil a trained teacher into a student: HSAKD, or DPCD, KD and DKD in the same harness.
+r"""Distil a trained teacher into a student, by HSAKD or another method (`--method`).
 
     python train_student_cifar.py --tarch wrn_40_2_aux --arch wrn_16_2_aux --manual_seed 0 \
         --tcheckpoint ./checkpoint/train_teacher_cifar_arch_wrn_40_2_aux_dataset_cifar100_seed0/wrn_40_2_aux.pth.tar

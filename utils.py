@@ -1,4 +1,4 @@
-"""Users' mistakes, seeds, this process's place in a run, and the reading and writing of weights."""
+"""User errors, seeds, ranks, and reading and writing weights."""
 
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ from models.state_dicts import digest
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: printed as one line, exit status 2."""
+    """An error that the user can fix: printed as one line, exit status 2."""
 
 
 class World(NamedTuple):
@@ -62,7 +62,7 @@ def first_line(error: Exception) -> str:
 
 
 def print_main(text: object, file: TextIO | None = None) -> None:
-    """Print `text` in the first process only; known by torchrun's variable, before there is a group."""
+    """Print `text` on rank 0 only. The rank is torchrun's RANK, so this works before the process group exists."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=file, flush=True)
 
@@ -135,7 +135,7 @@ def read_file(path: str | os.PathLike) -> dict:
 
 
 def hub_content(arch: str | None) -> dict:
-    """Return a checkpoint's content for the library's own weights of a network; ValueError if they cannot be had."""
+    """Return a checkpoint's content for the library's own weights of a network; ValueError if they are unavailable."""
     if arch is None:
         raise ValueError("a library's own weights do not name their network: give --arch")
     mean, std = models.normalisation(arch) or (None, None)
@@ -155,7 +155,7 @@ def refusal(error: pickle.UnpicklingError) -> str:
 
 
 class Checkpoint:
-    """A file of weights, read once and safely, in any published layout; asked for what it knows.
+    """A file of weights, read once and safely, in any published layout; its properties are what the file records.
 
     `content` is the file's dict, `state` its plain state dict without wrappers' prefixes. `key` names the dict of
     weights in a file that holds several (`--weights-key`). The path `hub` stands for a library's own weights of `arch`.
@@ -201,7 +201,7 @@ class Checkpoint:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A short text that tells weights apart by their names and values."""
+        """A hash of the weights' names and values."""
         return digest(self.state)
 
     @functools.cached_property

@@ -40,7 +40,7 @@ class Data(NamedTuple):
 
     @property
     def class_weights(self) -> torch.Tensor:
-        """Return weights (N,) of the classes that balance them: the training images, over N times those of a class."""
+        """Return balanced class weights (N,): training images / (N * images of the class)."""
         counts = self.train.image_set.labels.bincount(minlength=self.num_classes)
         return counts.sum() / (self.num_classes * counts.clamp(min=1))
 
@@ -50,7 +50,7 @@ class Data(NamedTuple):
 
 
 def recorded(info: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings by which test images are read as the training images that a checkpoint's `info` describes."""
+    """Return the settings that read test images as the training images of a checkpoint's `info` were read."""
     names = ("mean", "std", "class_names", "size", "resize", "test_split", "grey_range")
     published = {**dict.fromkeys(folders.TESTS, folders.STATISTICS), **STATISTICS}.get(info.get("dataset"))
     # For files that are older than what they record.

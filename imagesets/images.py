@@ -80,7 +80,7 @@ class ImageSet:
         return len(self.labels)
 
     def fingerprint(self) -> str:
-        """Return a short text that tells sets apart: by pixels, or by the files' names, sizes and times."""
+        """Return a hash of the set: of its pixels, or of the files' names, sizes and times."""
         found = hashlib.sha256(str((self.size, self.resize, self.grey_range)).encode())
         if self.pixels is not None:
             found.update(self.pixels.numpy().tobytes())

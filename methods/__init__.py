@@ -79,9 +79,9 @@ def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = 
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", type=options.path, required=True, help="weights of the teacher, or hub: the library's own")
     options.add_choice(add, "--tcheckpoint")
-    options.add_statistics(add, "teacher-", "of the teacher's images; default: its file's, else the student's")
+    options.add_statistics(add, "teacher-", "for the teacher's images; default: its file's, else the student's")
     add("--teacher-cache", type=options.path, metavar="DIR", help="store of teachers' outputs; needs --views")
-    add("--cache-dtype", choices=["exact", "float16"], help="of stored outputs (default: exact)")
+    add("--cache-dtype", choices=["exact", "float16"], help="type of the stored outputs (default: exact)")
     listed = f"{', '.join(names())}, or FILE.py, one of your own (default: hsakd); --method NAME --help lists its flags"
     add("--method", default="hsakd", help=listed)
     options.add_start(parser)

@@ -17,7 +17,7 @@ from utils import unwrap
 
 
 class Batch(NamedTuple):
-    """What an objective is given in a step: un-rotated images, and what belongs to them."""
+    """The inputs of one step: un-rotated images, and what belongs to them."""
 
     images: Tensor  # (B, C, H, W)
     labels: Tensor  # (B,) int64
@@ -41,7 +41,7 @@ class Outputs(NamedTuple):
     embedding: Tensor | None = None  # (rows, D): what the classifier sees
 
     def rows(self, rows: slice, images: int) -> "Outputs":
-        """Return the logits of the images in `rows`, of all their views, of outputs for so many images."""
+        """Return the logits of the images in `rows`, all views included; the outputs are for `images` images."""
         views = len(self.logits) // images
         rows = slice(rows.start * views, rows.stop * views)
         return Outputs(self.logits[rows], [aux[rows] for aux in self.aux_logits])
@@ -52,7 +52,7 @@ class Constant:
     """A constant of a method: a class attribute that becomes a keyword argument and a flag of the command line.
 
     `family` holds other defaults by network: the key is the beginning of the teacher's name, `imagenet` for a network
-    for ImageNet, or `teacher->student`; the longest key that fits holds.
+    for ImageNet, or `teacher->student`; the longest matching key wins.
     """
 
     default: Any
@@ -97,13 +97,13 @@ def split_outputs(outputs: Any) -> Outputs:
 
 
 def paired(first: list[Tensor], second: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pair what two networks have at their stages, shallow to deep; the deepest ones, if one has more."""
+    """Pair the tensors of two networks' stages, shallow to deep; if one has more, only its deepest ones are used."""
     count = min(len(first), len(second))
     return list(zip(first[len(first) - count :], second[len(second) - count :], strict=True))
 
 
 def rotations_of(model: nn.Module) -> int:
-    """Return how many views the auxiliary heads of a network tell apart."""
+    """Return the number of rotations that a network's auxiliary heads predict."""
     return getattr(unwrap(model), "rotations", 4)
 
 
@@ -252,7 +252,7 @@ class Objective:
 
 
 class Imitation(Objective):
-    """Cross-entropy, and the terms by which a network imitates what its teacher makes of the same un-rotated images.
+    """Cross-entropy, and terms that match the teacher's outputs on the same un-rotated images.
 
     A subclass says in `reads` what is compared, and writes `imitation`.
     """

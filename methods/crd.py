@@ -1,4 +1,4 @@
-"""CRD (Tian et al., ICLR 2020): an image's embeddings in both networks are told apart from those of other images."""
+"""CRD (Tian et al., ICLR 2020): contrasts an image's embeddings in both networks with those of other images."""
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ class CRD(Imitation):
             return {"features": self.feature_weight * self.contrast(embeddings, index, batch.labels)}
 
     def contrast(self, embeddings, index, labels):
-        """Return the loss of two embeddings (B, D) of the images `index` (B,), after which the memories know them."""
+        """Return the loss of two embeddings (B, D) of the images `index` (B,), and update the memories."""
         pairs = zip(SIDES, embeddings, strict=True)
         found = {side: F.normalize(self.trained[side](embedding)) for side, embedding in pairs}
         count = len(self.state["labels"])

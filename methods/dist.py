@@ -1,4 +1,4 @@
-"""DIST (Huang et al., NeurIPS 2022): the student's class probabilities correlate with the teacher's, no more."""
+"""DIST (Huang et al., NeurIPS 2022): class probabilities match the teacher's in correlation, not in value."""
 
 import options
 from losses import dist

@@ -1,4 +1,4 @@
-"""A trained network for images that are normalised otherwise, or for its classes in another order."""
+"""A wrapper of a trained network, for another normalisation or another order of classes."""
 
 from collections.abc import Sequence
 

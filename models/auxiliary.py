@@ -60,8 +60,10 @@ class StageReader:
 
 
 def as_map(x: Tensor, layout: str) -> Tensor:
-    """Return a feature map (B, C, H, W) of a tensor that is laid out "first" (B, C, H, W), "last" (B, H, W, C), as
-    "tokens" (B, N, C), which are a square but for class tokens and the like in front, or as a "row" of them.
+    """Return a tensor as a feature map (B, C, H, W).
+
+    `layout` is "first" (B, C, H, W), "last" (B, H, W, C), "tokens" (B, N, C), a square whose leading class tokens are
+    dropped, or "row", tokens as one column.
     """
     if layout == "first":
         return x

@@ -103,7 +103,7 @@ def attach_auxiliary(
     """Return `net` with an auxiliary classifier per stage: x -> (logits (B, N), [aux logits (B, N * rotations), ...]).
 
     `net` is any network of logits that torch.fx can trace at the size of `example` (1, 3, H, W), by default 224 x 224;
-    it stays the network it is, as `backbone`. `taps` is the largest number of branches, `classifier` the name of the
+    it is kept unchanged, as `backbone`. `taps` is the largest number of branches, `classifier` the name of the
     layer that makes the logits, where several do. `fresh()` returns a newly initialised network like `net`, whose parts
     the branches take; without it they are copies of `net`'s, newly initialised where a module has `reset_parameters`.
     Raises ValueError, in one line, for a network that cannot be traced or cut, or of another number of classes.

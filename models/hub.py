@@ -49,7 +49,7 @@ def check(name: str) -> None:
 
 
 def default_size(name: str, size: int | None = None) -> int:
-    """Return the size of images that a network was made for: `size`, if given, of one that is made for any one size."""
+    """Return the image size that a network was made for; `size`, if given, for one that can be built for any size."""
     if is_file(name):
         return size or DEFAULT_SIZE
     if size is not None and _size_argument(name, size):
@@ -101,7 +101,7 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
 
 
 def margin(name: str) -> float:
-    """Return the shorter side, in sizes, to which images of the library's own weights are resized before the crop."""
+    """Return the ratio of the resized side to the crop in the library's preprocessing, such as 256 / 224."""
     found = _images_of(name)
     if not found:
         return 1.0

@@ -66,7 +66,7 @@ class Stages:
         self.repeated = self._trace.keys[same[0]] if same else None  # the last branch begins with what lies from here
 
     def trace(self, example: Tensor) -> None:
-        """Trace the network at the size of `example`, the taps staying as they are; ValueError if it refuses it."""
+        """Trace the network at the size of `example`, with the same taps; ValueError if the network rejects it."""
         self.example = torch.empty((2, *example.shape[1:]), device=META)
         try:
             with torch.no_grad():
@@ -192,7 +192,7 @@ class Stages:
         return taps[-count:]
 
     def _same_shape(self, candidates: list[fx.Node], taps: list[fx.Node]) -> list[fx.Node]:
-        """Return those candidates of the last tap's shape that come before it, but not before the tap before it."""
+        """Return the candidates between the last two taps that have the shape of the last one."""
         *earlier, last = taps
         same = [node for node in candidates if node.meta["value"].shape == last.meta["value"].shape]
         same = [node for node in same if self._before(earlier[-1:], node, equal=True) and self._before([node], last)]

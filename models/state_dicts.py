@@ -1,4 +1,4 @@
-"""The layouts in which weights are found: what a file's dict holds, what of it is a network's, and whether it fits."""
+"""The layouts of files of weights: find the state dict in a file's content, clean it, and load it."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ WEIGHT_KEYS = ("net", "state_dict", "model")  # the authors', most others', the 
 def find(content: dict, key: str | None = None) -> tuple[dict, str | None]:
     """Return the dict of weights in a file's `content`, and the name of the EMA weights if they were preferred.
 
-    `key` names one of several dicts, or a prefix of the keys of one. ValueError if there is none, or no telling which.
+    `key` names one of several dicts, or a prefix of the keys of one. ValueError if there is none, or several.
     """
     found = tensor_dicts(content)
     known = [name for name in (*WEIGHT_KEYS, "") if name in found] or list(found)
@@ -68,7 +68,7 @@ def clean(state: dict) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """Return a short text that tells weights apart by their names and values."""
+    """Return a hash of the weights' names and values."""
     found = hashlib.sha256()
     for name in sorted(state):
         found.update(name.encode())

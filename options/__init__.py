@@ -72,17 +72,17 @@ def training_parser(
     add("--milestones", type=positive, nargs="+", default=list(milestones), help=rates)
     add("--warmup-epoch", type=natural, default=0, help="epochs of linear warm-up before the schedule (default: 0)")
     add("--val-split", type=below_one, default=0.0, help="select the best epoch on this share of the training images")
-    average = "share of the old weights in a moving average of them, tested and saved too, such as 0.999"
+    average = "decay of a moving average of the weights, such as 0.999; it is tested and saved too"
     add("--ema-decay", type=part, metavar="SHARE", help=average)
-    add("--class-weights", choices=["balanced"], help="weigh the classes of the hard labels by their images")
+    add("--class-weights", choices=["balanced"], help="weight the classes inversely to their number of images")
     add("--label-smoothing", type=below_one, default=0.0, help="share of the hard labels spread over all classes")
-    add("--accumulate", type=positive, default=1, help="parts that a batch is computed in, to save memory")
+    add("--accumulate", type=positive, default=1, help="split each batch into so many parts, to save memory")
     add("--compile", action="store_true", help="compile the training step")
     add = parser.add_argument_group("run folder").add_argument
     add("--checkpoint-dir", type=path, default="./checkpoint", help="folder of the run folders (default: %(default)s)")
     add("--tag", type=tag, help="suffix of the run folder's name")
     add("--resume", action="store_true", help="resume the run in the run folder")
-    listed = "with --resume, settings that change from here on, such as init_lr=0.01"
+    listed = "with --resume, change these settings from here on, such as init_lr=0.01"
     add("--override", nargs="+", metavar="NAME=VALUE", help=listed)
     add("--evaluate", action="store_true", help="test the run folder's best weights and stop")
     add("--save-minutes", type=above_zero, default=15, help="minutes between saves inside an epoch (default: 15)")
@@ -104,13 +104,18 @@ def add_distributed(parser: Parser) -> None:
 
 def add_choice(add: Callable, weights: str) -> None:
     """Add which weights of the flag `weights` are meant if its file holds several."""
-    add("--net", type=int, choices=[1, 2], help=f"network of a mutual pair's {weights}; default: the better one")
+    add(
+        "--net",
+        type=int,
+        choices=[1, 2],
+        help=f"network to take from a mutual pair's {weights}; default: the better one",
+    )
     add_weights_key(add, weights)
 
 
 def add_weights_key(add: Callable, weights: str) -> None:
     """Add the name of the weights meant if the file of the flag `weights` holds several."""
-    add("--weights-key", metavar="KEY", help=f"name of the weights in a {weights} that holds several; default: EMA's")
+    add("--weights-key", metavar="KEY", help=f"which weights to take if {weights} holds several; default: EMA's")
 
 
 def add_start(parser: Parser) -> None:
@@ -118,7 +123,7 @@ def add_start(parser: Parser) -> None:
     add_networks(parser)
     add_augmentation(parser)
     add = parser.add_argument_group("start").add_argument
-    add("--pretrained-backbone", type=path, help="weights to start from, also of other classes, or hub: the library's")
+    add("--pretrained-backbone", type=path, help="weights to start from (of any classes), or hub: the library's")
     if "--weights-key" not in parser._option_string_actions:
         add_weights_key(add, "--pretrained-backbone")
 
@@ -178,7 +183,7 @@ def finish_teacher(parser: Parser, argv: list[str] | None = None) -> argparse.Na
     """Parse the command line of a script that trains a teacher, jointly or on a backbone that stays as it is."""
     add_start(parser)
     add = parser.add_argument_group("teacher").add_argument
-    add("--rotations", type=int, choices=[1, 4], default=4, help="views that a head tells apart (DPCD: 1)")
+    add("--rotations", type=int, choices=[1, 4], default=4, help="rotations that each head predicts (DPCD: 1)")
     add("--freezed", action="store_true", help="keep the backbone as it is (100 epochs, x0.1 at 30/60/90)")
     if given(argv, "--freezed", action="store_true"):
         parser.set_defaults(epochs=100, milestones=[30, 60, 90])

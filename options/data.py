@@ -20,12 +20,12 @@ def add_data(parser: Parser, dataset_name: str) -> None:
     add = group.add_argument
     add("--data", type=path, default="./data", help="folder of the data set (default: %(default)s)")
     add("--dataset", type=dataset, default=dataset_name, help=f"{', '.join(DATASETS)} (default: %(default)s)")
-    add("--batch-size", type=positive, default=64, help="images a step, over all processes (default: 64, ImageNet 256)")
+    add("--batch-size", type=positive, default=64, help="images per step of all processes (default: 64, ImageNet 256)")
     add("--limit-batches", type=positive, help="for a quick trial: stop a pass after so many batches")
     readers = min(4, utils.available_cores())
     add("--num-workers", type=natural, default=readers, help="readers of images in each process (default: %(default)s)")
     add_statistics(
-        add, "", "of the normalisation; in training auto: measured", lambda x: x if x == "auto" else average(x)
+        add, "", "of the normalisation; auto, in training: measured", lambda x: x if x == "auto" else average(x)
     )
     add("--class-names", type=line_list, metavar="FILE", help="the order of the classes: a name a line")
     group = parser.add_argument_group("folders of images")
@@ -34,7 +34,7 @@ def add_data(parser: Parser, dataset_name: str) -> None:
         "--image-size", type=positive, metavar="N", help="pixels a side; default: the images', at most 96; ImageNet 224"
     )
     add("--resize", choices=["crop", "squash", "pad"], help="how images become square (default: crop)")
-    add("--test-split", type=part, metavar="R", help="share of the images that are the test if no folder holds it")
+    add("--test-split", type=part, metavar="R", help="share held out for testing if there is no test folder")
     add("--skip-bad-images", action="store_true", help="skip unreadable images, and name them")
     add = group.add_mutually_exclusive_group().add_argument
     add("--in-memory", action="store_true", help="keep all images in memory; default: up to 2 GB of pixels")
@@ -54,12 +54,12 @@ def add_augmentation(parser: Parser) -> None:
     kinds = "crop: padded; rrc: random resized crop; randaugment: crop and more; strong: that and Cutout"
     add("--augment", choices=AUGMENTATIONS, help=kinds)
     add("--no-flip", action="store_true", help="mirror no images, such as text or arrows")
-    add("--views", type=positive, metavar="V", help="fixed views of each image, of which an epoch draws one")
+    add("--views", type=positive, metavar="V", help="number of fixed views of each image; an epoch uses one of them")
     add("--views-seed", type=natural, default=0, help="seed of the fixed views (default: 0)")
 
 
 def check_data(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit with one line for flags of images that do not go together."""
+    """Exit with one line for flags of images that contradict each other."""
     for name in FOLDER_FLAGS:
         if args.dataset not in FOLDERS and getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} is for folders of images, not for --dataset {args.dataset}")

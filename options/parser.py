@@ -91,7 +91,7 @@ def given(argv: list[str] | None, flag: str, **kwargs: Any) -> Any:
 
 
 def checked(kind: type, expected: str, accepts: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Return a parser of values of a `kind` that `accepts` is true of; its error names what is `expected`."""
+    """Return an argparse type: a `kind` that `accepts` is true of; its error names what is `expected`."""
 
     def parse(text):
         try:

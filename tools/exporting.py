@@ -38,7 +38,7 @@ def check_packages() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what exporters and quantizers say of their own work."""
+    """Silence the logs and warnings of exporters and quantizers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():

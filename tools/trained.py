@@ -24,7 +24,7 @@ from utils import Checkpoint, UserError, World
 
 
 def add_weights(parser: options.Parser) -> None:
-    """Add the weights, their network and how their images are read; by default all of it is as the weights record."""
+    """Add flags for the weights, their network and how images are read; defaults are what the weights record."""
     add = parser.add_argument_group("weights").add_argument
     add("--weights", type=options.path, required=True, metavar="FILE", help="trained weights")
     options.add_choice(add, "--weights")

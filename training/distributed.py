@@ -88,7 +88,7 @@ def leave() -> None:
 
 
 def first_to_print() -> bool:
-    """Return whether this process is the first to report a failure, which most often all of them see.
+    """Return whether this process is the first to report a failure, which usually all of them see.
 
     Before there is a group, it is the first process of each machine.
     """

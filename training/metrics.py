@@ -81,7 +81,7 @@ def class_logits(aux_logits: Tensor, rotations: int) -> Tensor:
 
 
 def head_hits(aux_logits: list[Tensor], labels: Tensor, rotations: int, upright: bool = False) -> dict[str, Tensor]:
-    """Return name -> hits of every auxiliary head, a share of each image's views.
+    """Return name -> correct predictions of each auxiliary head, as shares of each image's views.
 
     `joint` and `class` are over all M*B views, as published; with `upright` the class on the B un-rotated ones too.
     """

@@ -1,4 +1,4 @@
-"""Run folders: whose they are, their settings, logs and checkpoints."""
+"""Run folders: their ownership, settings, logs and checkpoints."""
 
 import json
 import os

@@ -39,7 +39,7 @@ def suit_teacher(
     mean: Iterable[float] | None = None,
     std: Iterable[float] | None = None,
 ) -> nn.Module:
-    """Return a teacher of a file for the images of `data`: wrapped if it was trained on other ones.
+    """Return the teacher, wrapped if its normalisation or its order of classes is not that of `data`.
 
     Its own statistics are `mean` and `std`, or else those that the file records, those that a library's network was
     made for, or those of `data`.

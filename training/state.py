@@ -1,4 +1,4 @@
-"""A Trainer's whole state as a dict, the content of a checkpoint, and the way back."""
+"""A Trainer's whole state as a dict, the content of a checkpoint, and its restoration."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ def load(trainer: "Trainer", state: dict[str, Any]) -> None:
 
 
 def resume(trainer: "Trainer", saved: Checkpoint) -> None:
-    """Bring a run to where its last checkpoint stands; UserError if that is another run's."""
+    """Restore a run from its last checkpoint; UserError if that is another run's."""
     folder = trainer.run.path
     if saved.content.get("info") != json_form(trainer.info):
         raise UserError(f"--resume: the run in {folder} has other training images: use --tag")

@@ -34,7 +34,7 @@ POLL_EVERY = 60  # seconds after which processes that wait for another run's fil
 
 
 class TeacherCache:
-    """The outputs of all (view, image) pairs: `rows(index, view)` gives what the teacher would have.
+    """The outputs of all (view, image) pairs: `rows(index, view)` returns what the teacher would output.
 
     A row holds the class logits and the auxiliary logits of an image's rotated views, one after the other. The rows of
     view 0 come first, so a run with more views lengthens the store.
@@ -119,7 +119,7 @@ def length_of(path: Path) -> int:
 
 
 def find(trainer: "Trainer") -> TeacherCache:
-    """Return the store, perhaps to be filled, of what a Trainer's method reads of the teacher.
+    """Return the store, possibly still empty, of the teacher's outputs that a Trainer's method reads.
 
     UserError if the method reads other things, if there are no fixed views, or if the disk is too small.
     """
