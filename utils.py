@@ -250,7 +250,8 @@ class Checkpoint:
         model.source = {"path": str(self.path), "acc": self.recorded.get("recorded_acc"), "own": bool(self.info)}
         with contextlib.suppress(ValueError, AttributeError, TypeError):  # a name that is not known here
             theirs, ours = (models.backbone_name(arch, net) for arch in (self.arch, model.arch))
-            if theirs != ours:  # mobilenetV2's weights fit mobilenetV2_s2
+            # mobilenetV2's weights fit mobilenetV2_s2; a file or a library's network has several names.
+            if theirs != ours and not models.is_external(ours):
                 raise UserError(f"{self.path}: weights of {theirs}, not of {ours}")
 
 

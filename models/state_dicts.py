@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 HEAD_WEIGHT = re.compile(r"(fc\d?|linear|classifier|head)\.weight$")  # the last layer of every published network
 LIBRARY_HEADS = re.compile(r"(aux[12]|AuxLogits)\.")  # GoogLeNet's and Inception's own, which this project leaves out
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
+DENSENETS = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")  # torchvision's files are older than its names
 COUNTERS = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$")  # thop's and AveragedModel's: no weights
 EMA_KEYS = ("state_dict_ema", "model_ema")  # timm's and torchvision's training scripts'
 WEIGHT_KEYS = ("net", "state_dict", "model")  # the authors', most others', the CRD and mdistiller teacher zoos'
@@ -31,7 +33,8 @@ def find(content: dict, key: str | None = None) -> tuple[dict, str | None]:
         return found[chosen], chosen if ema else None
     if key in found:
         return found[key], None
-    part = {name.removeprefix(f"{key}."): v for name, v in found[known[0]].items() if name.startswith(f"{key}.")}
+    names = {name: WRAPPERS.sub("", name) for name in found[known[0]] if isinstance(name, str)}
+    part = {bare[len(key) + 1 :]: found[known[0]][n] for n, bare in names.items() if bare.startswith(f"{key}.")}
     if not part:
         raise ValueError(f"holds no weights under {key!r}, but under {', '.join(map(repr, found))}")
     return part, None
@@ -57,7 +60,7 @@ def clean(state: dict) -> tuple[dict[str, Tensor], list[str]]:
     for name, value in state.items():
         if not isinstance(name, str) or not torch.is_tensor(value):
             continue
-        key = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+        key = DENSENETS.sub(r"\1\2.", WRAPPERS.sub("", name))
         if COUNTERS.search(key):
             counters.append(key)
         elif value.is_floating_point() and not value.float().isfinite().all():
@@ -86,8 +89,10 @@ def widths(state: dict[str, Tensor], num_classes: int | None = None) -> tuple[in
     own = {key: value for key, value in layers.items() if "auxiliary_classifier" not in key}
     # SqueezeNet's classifier is a 1 x 1 convolution.
     matrices = {key: value for key, value in own.items() if value.dim() == 2} or own
-    plain = [value for key, value in matrices.items() if HEAD_WEIGHT.search(key)] or list(matrices.values())
-    classes = num_classes or (len(plain[-1]) if plain else 0)
+    plain = [key for key in matrices if HEAD_WEIGHT.search(key)] or list(matrices)
+    # The outermost one: safetensors sorts its keys, and layers within blocks may have the same names.
+    plain = [key for key in plain if key.count(".") == min(key.count(".") for key in plain)]
+    classes = num_classes or (len(matrices[plain[-1]]) if plain else 0)
     if not classes:
         raise ValueError("holds no classifier")
     if joint and joint[-1] not in (classes, 4 * classes):
@@ -102,6 +107,8 @@ def part_of(state: dict[str, Tensor], expected: dict[str, Tensor], net: int = 1)
     unless they belong to the rest of an auxiliary network or of a pair.
     """
     state = {k: v for k, v in state.items() if k in expected or not LIBRARY_HEADS.match(k)}
+    if not any(".module." in key for key in expected):  # PyTorch's ImageNet example wraps the features of a VGG alone
+        state = {key.replace(".module.", "."): value for key, value in state.items()}
     shared = os.path.commonprefix([key.split(".") for key in state])
     common = [".".join(shared[:count]) + "." for count in range(1, len(shared) + 1)]
     for prefix in ("", f"net{net}.", "backbone.", f"net{net}.backbone.", *common):
@@ -134,4 +141,5 @@ def load(model: nn.Module, state: dict[str, Tensor]) -> None:
         if len(unexpected) == len(state) and 1 < len(outer) < 4:  # such as a student and its teacher
             listed += f"; --weights-key chooses of {', '.join(outer)}"
         raise ValueError(f"weights do not fit {getattr(model, 'arch', type(model).__name__)}: {listed}")
-    model.load_state_dict({**{k: v for k, v in expected.items() if k not in state}, **state}, strict=True)
+    expected.update(state)  # and not a plain dict: it knows the versions of modules, which MNASNet asks for
+    model.load_state_dict(expected, strict=True)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 from unittest import mock
 
 import numpy as np
@@ -151,10 +152,39 @@ def test_layouts(wrap, legacy, path):
 def test_a_file_of_student_and_teacher(nested, path):
     student, teacher = small(1, "resnet8").state_dict(), small(2, "resnet14").state_dict()
     one = {**prefixed("student.", student), **prefixed("teacher.", teacher)}
-    torch.save({"student": student, "teacher": teacher} if nested else {"state_dict": one, "epoch": 1}, path)
+    one = {"model": prefixed("module.", one), "epoch": 1}  # as mdistiller saves both
+    torch.save({"student": student, "teacher": teacher} if nested else one, path)
     assert_same(loaded(path, key="student"), student)
     assert_same(loaded(path, "resnet14", "teacher"), teacher)
     refused(path)
+
+
+@pytest.mark.filterwarnings("ignore:for ")  # that nothing is copied to the meta device
+def test_files_of_libraries_networks(path):
+    """MNASNet asks for a version, torchvision's DenseNets have older names, PyTorch's example wraps a part of a VGG."""
+    state = numbered_state("torchvision/mnasnet0_5", 10)
+    torch.save(state, path)
+    network = models.create("torchvision/mnasnet0_5", 10)
+    utils.load_weights(network, path)
+    assert_same(network.state_dict(), state)
+    state = numbered_state("torchvision/densenet121", 10)
+    torch.save({re.sub(r"(denselayer\d+\.[a-z]+)(\d)", r"\1.\2", key): value for key, value in state.items()}, path)
+    network = models.create("torchvision/densenet121", 10)
+    utils.load_weights(network, path)
+    assert_same(network.state_dict(), state)
+    with torch.device("meta"):
+        network = models.create("torchvision/vgg11_bn", 10)
+    state = numbered_state("torchvision/vgg11_bn", 10).items()
+    state = {key.replace("features.", "features.module."): value for key, value in state}
+    torch.save({"arch": "vgg11_bn", "state_dict": state}, path)
+    utils.load_weights(network, path)
+
+
+def test_a_file_has_several_names(path):
+    network = small(name="resnet8")
+    torch.save({"arch": "nets.py:small", "net": network.state_dict()}, path)
+    network.arch = "./nets.py:small"
+    utils.load_weights(network, path)
 
 
 def test_numbers_of_either_numpy(path):
@@ -193,6 +223,8 @@ def test_classes_and_rotations_are_read_off_the_weights(name, path):
 def test_classes_and_rotations_of_a_librarys_network(name, path):
     torch.save(models.create(name, 7, size=64, branches="light").state_dict(), path)
     assert Checkpoint(path).widths == (7, 4)
+    save_file({"head.weight": torch.ones(7, 8), "layers.0.mlp.fc2.weight": torch.ones(8, 16)}, path)  # sorted by name
+    assert Checkpoint(path).widths == (7, None)
 
 
 def test_teachers_of_the_wrong_kind(path):
