@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from test_own_images import write_images
+from torch import nn
 
 import imagesets
 import methods
@@ -13,6 +14,7 @@ import options
 import utils
 from scripts import QUICK, QUICK_RUN, WORLD, log_lines, parsed, run, save_teacher, status
 from training import Trainer
+from training.ema import Average
 from training.metrics import evaluate
 
 
@@ -68,6 +70,17 @@ def test_the_average_by_hand_which_is_tested_and_preferred(tmp_path):
     last = log_lines(tmp_path)[-1]
     assert [last["test/ema_top1"], last["test/top1"]] == accuracies
     assert [file.recorded["recorded_acc"] for file in (checkpoint, raw)] == accuracies
+
+
+def test_the_average_leaves_indices_as_they_are():
+    """Such as those of a Swin's positions; in float32, 0.9999 and 0.0001 of a whole number may be less than it."""
+    model, expected = nn.Linear(2, 2), torch.arange(200)
+    model.register_buffer("index", expected.clone())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = Average(model, optimizer, 0.9999)
+    for _ in range(4):
+        optimizer.step()
+    assert torch.equal(average.state_dict()["state_dict_ema"]["index"], expected)
 
 
 @pytest.mark.slow

@@ -24,7 +24,14 @@ class Average:
         model = unwrap(model)
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         self.top1: float | None = None  # of the last test, in percent
-        optimizer.register_step_post_hook(lambda *_: self.averaged.update_parameters(model))
+        optimizer.register_step_post_hook(lambda *_: self.update(model))
+
+    def update(self, model: nn.Module) -> None:
+        """Average the present weights in; counts and indices, which have no average, are the present ones."""
+        self.averaged.update_parameters(model)
+        for own, present in zip(self.averaged.module.buffers(), model.buffers(), strict=True):
+            if not own.is_floating_point():  # rounded down by AveragedModel, an index would be another one
+                own.copy_(present)
 
     def test(self, trainer: "Trainer") -> dict[str, float]:
         """Return the flat record of an epoch's tests: `val/ema_top1` if images are held out, and `test/ema_top1`."""
