@@ -100,7 +100,7 @@ class Trace:
         for node in self.graph.nodes:
             if later.intersection(node.all_input_nodes):
                 later.add(node)
-        needed, sizes, waiting = set(), set(), [last]
+        needed, sizes, waiting = set(), set(), [last, *self._statements(first)]
         while waiting:
             node = waiting.pop()
             if node is first or node in needed or node in sizes:
@@ -112,6 +112,7 @@ class Trace:
                 continue
             needed.add(node)
             waiting += node.all_input_nodes
+            waiting += self._statements(node) if node is not last else []
         graph = fx.Graph()
         copies = {first: graph.placeholder("x")}
         if any(_in_place(self.net, user) for user in first.users):  # `x` belongs to others
@@ -123,6 +124,11 @@ class Trace:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(copies[last])
         return graph
+
+    def _statements(self, node: fx.Node) -> list[fx.Node]:
+        """Return what changes the value of `node` in place and whose result nothing reads, as `y.relu_()`."""
+        changed = [user for user in node.users if user.all_input_nodes[0] is node and _in_place(self.net, user)]
+        return [user for user in changed if not user.users]
 
 
 def _known_size(graph: fx.Graph, node: fx.Node, x: fx.Node) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 
 import models
 import utils
+from models.auxiliary import read_taps
 from models.cost import branch_costs
 from scripts import QUICK_RUN, run, save_teacher, status
 
@@ -445,6 +446,22 @@ def test_two_classifiers_of_one_embedding_are_no_doubt():
 
     network = models.attach_auxiliary(TwoNorms(), 10, example=SMALL, fresh=TwoNorms)
     assert models.stage_features(network, SMALL)[1].shape == (1, 32)
+
+
+def test_a_branch_has_what_is_changed_in_place_without_a_result():
+    class Statement(Tiny):
+        def forward(self, x):
+            x = self.stage2(self.stage1(self.stem(x)))
+            x.neg_()
+            return self.fc(self.stage3(x).mean((2, 3)))
+
+    net = Statement()
+    network = models.attach_auxiliary(net, 10, example=SMALL, fresh=lambda: net).eval()  # branches of its own weights
+    taps, embedding, _ = read_taps(net, torch.randn(2, 3, 32, 32))
+    assert len(taps) == 3
+    for level, tap in enumerate(taps[:-1], 1):
+        branch = getattr(network.auxiliary_classifier, f"block_extractor{level}")
+        torch.testing.assert_close(branch(tap), embedding)
 
 
 def test_a_named_classifier_settles_which_embedding_is_meant():
