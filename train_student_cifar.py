@@ -26,7 +26,7 @@ def main(args, world):
     teacher = methods.load_teacher(args, checkpoint, data.num_classes, data.size)
     student = options.create(args, args.arch, data.num_classes, data.size, method.rotations)
     if method.reads == "heads":
-        methods.print_pairs(student, teacher)
+        methods.pair_heads(student, teacher)
     teacher = suit_teacher(teacher, checkpoint, data, args.teacher_mean, args.teacher_std)
     args.digests = {args.tcheckpoint: checkpoint.digest, **load_backbone(student, args.pretrained_backbone, data)}
     objective = method(teacher, **methods.constants_of(args, method), **options.loss_settings(args, data))

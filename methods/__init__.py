@@ -130,7 +130,7 @@ def fill_constants(args: argparse.Namespace, method: type[Objective]) -> None:
     """Fill in the method's constants that the command line leaves open, by the names of the networks."""
     for constant in method.constants().values():
         if getattr(args, constant.dest) is None:
-            value = constant.default_for(getattr(args, "tarch", None), args.arch)
+            value = constant.default_for(getattr(args, "tarch", None), args.arch, args.dataset == "imagenet")
             setattr(args, constant.dest, list(value) if constant.pair else value)
 
 
@@ -153,9 +153,13 @@ def load_teacher(args: argparse.Namespace, checkpoint: Checkpoint, num_classes: 
     return teacher
 
 
-def print_pairs(student: nn.Module, teacher: nn.Module) -> None:
-    """Print how heads are paired if two networks have different numbers of them."""
+def pair_heads(student: nn.Module, teacher: nn.Module) -> None:
+    """Freeze the student's shallow heads that have none of the teacher's to learn from; print how heads are paired.
+
+    DistributedDataParallel waits for the gradient of every parameter that is trained.
+    """
     counts = [network.auxiliary_classifier.num_branches for network in (student, teacher)]
     if counts[0] != counts[1]:
+        student.auxiliary_classifier.freeze(counts[0] - counts[1])
         heads = f"{counts[0]} auxiliary heads of the student, {counts[1]} of the teacher"
         print_main(f"{heads}: the {min(counts)} deepest are paired")

@@ -70,9 +70,9 @@ class Constant:
         """The attribute of parsed arguments that holds it."""
         return self.flag.lstrip("-").replace("-", "_")
 
-    def default_for(self, teacher: str | None, student: str | None = None) -> Any:
-        """Return the default for a teacher and a student, by the names of their architectures."""
-        fitting = [key for key in self.family if _fits(key, teacher, student)]
+    def default_for(self, teacher: str | None, student: str | None = None, imagenet: bool = False) -> Any:
+        """Return the default for a teacher and a student, by the names of their architectures, or for ImageNet."""
+        fitting = [key for key in self.family if _fits(key, teacher, student) or (imagenet and key == "imagenet")]
         return self.family[max(fitting, key=len)] if fitting else self.default
 
 
@@ -82,13 +82,14 @@ STANDARDIZE = Constant(False, "standardize both networks' logits before the temp
 def _fits(key: str, teacher: str | None, student: str | None) -> bool:
     *pair, last = key.split("->")
     beginnings = [(pair[0], teacher), (last, student)] if pair else [(last, teacher)]
-    return all(arch is not None and _of_family(beginning, arch) for beginning, arch in beginnings)
+    return all(isinstance(arch, str) and _of_family(beginning, arch) for beginning, arch in beginnings)
 
 
 def _of_family(beginning: str, arch: str) -> bool:
-    if beginning == "imagenet":
-        return models.is_imagenet(arch)
-    return models.backbone_name(arch).startswith(beginning)
+    try:
+        return models.is_imagenet(arch) if beginning == "imagenet" else models.backbone_name(arch).startswith(beginning)
+    except ValueError:  # a network of the user's own, with a name of its own
+        return False
 
 
 def split_outputs(outputs: Any) -> Outputs:
@@ -142,7 +143,7 @@ class Objective:
     rotations = 4  # views that its auxiliary networks' heads tell apart
     reads: str | None = None  # of the teacher: "logits", "heads" and logits of all views, "features" and logits
     needs_index = False  # whether a batch must number its images
-    whole_batches = False  # whether its state is of whole batches, which --accumulate would split
+    whole_batches = False  # whether its terms are of whole batches, which --accumulate would split
     imagenet_batch = 256  # images of a step on ImageNet, as published
 
     def __init__(

@@ -21,6 +21,7 @@ class CRD(Imitation):
     name = "crd"
     reads = "features"
     needs_index = True
+    whole_batches = True
 
     negatives = Constant(16384, "negatives of an image", options.positive)
     dimensions = Constant(128, "dimensions of the embeddings", options.positive)

@@ -6,10 +6,14 @@ from methods.base import Constant, Imitation
 
 
 class DIST(Imitation):
-    """Cross-entropy, and one minus Pearson's correlation with the teacher, of rows and of columns of probabilities."""
+    """Cross-entropy, and one minus Pearson's correlation with the teacher, of rows and of columns of probabilities.
+
+    Columns are those of a process's part of the batch.
+    """
 
     name = "dist"
     reads = "logits"
+    whole_batches = True
 
     temperature = Constant(4.0, "temperature", options.above_zero, "--kd_T", family={"imagenet": 1.0})
     inter_weight = Constant(2.0, "weight of the correlation over an image's classes")

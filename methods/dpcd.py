@@ -53,6 +53,8 @@ class DPCD(Objective):
         teacher = self.teach(batch)
         student = split_outputs(model(batch.images))
         check_heads(student)
+        if any(aux.shape != student.logits.shape for aux in student.aux_logits):
+            raise ValueError("dpcd needs heads of the classes alone: networks made with rotations=1")
 
         alpha, beta = self.weights(teacher.logits, batch.labels)
         path = dkd(student.logits, teacher.logits, batch.labels, self.temperature, alpha, beta)

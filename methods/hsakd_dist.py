@@ -10,6 +10,7 @@ class HSAKDDIST(HSAKD):
     """HSAKD whose class logits correlate with the teacher's, on all rotated views."""
 
     name = "hsakd_dist"
+    whole_batches = True
 
     dist_temperature = Constant(4.0, "temperature of the correlations", options.above_zero, family={"imagenet": 1.0})
     inter_weight = Constant(2.0, "weight of the correlation over an image's classes")

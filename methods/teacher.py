@@ -15,8 +15,11 @@ class Teacher(Objective):
     networks = "auxiliary"
 
     def best_by(self, model):
-        """Return "joint", and "top1" for DPCD's teachers, whose heads see one view: the released codes' rules."""
-        return "joint" if rotations_of(model) > 1 else "top1"
+        """Return "joint", and "top1" for DPCD's teachers, whose heads see one view: the released codes' rules.
+
+        The heads of a frozen backbone are all that is trained.
+        """
+        return "joint" if rotations_of(model) > 1 or getattr(unwrap(model), "frozen", False) else "top1"
 
     def step(self, model, batch):
         rotations = rotations_of(model)

@@ -44,6 +44,12 @@ class AuxiliaryClassifier(nn.Module):
             outputs.append(getattr(self, f"fc{level}")(pooled(x)))
         return outputs
 
+    def freeze(self, count: int) -> None:
+        """Train the `count` shallowest branches no more."""
+        for level in range(1, count + 1):
+            for part in filter(None, ("block_extractor", self.tail_prefix, "fc")):
+                getattr(self, f"{part}{level}").requires_grad_(False)
+
 
 @dataclass(eq=False)
 class StageReader:

@@ -22,7 +22,7 @@ import imagesets
 import methods
 import models
 import utils
-from scripts import WORLD, assert_same_run, checkpoint, log_lines, parsed, save_teacher, status
+from scripts import QUICK_RUN, WORLD, assert_same_run, checkpoint, log_lines, parsed, run, save_teacher, status
 from training import Trainer, distributed, launch
 from utils import UserError
 
@@ -140,6 +140,18 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     for weights, others in zip(found, other, strict=True):
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
         assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def rank_with_more_heads(world, folder):
+    """Distil a teacher of three heads into a student of four, whose first one learns from nothing."""
+    flags = ("--tarch", "resnet8_aux", "--tcheckpoint", f"{folder}/teacher.pth", "--arch", "mobilenetV2_aux")
+    run("train_student_cifar", *QUICK_RUN, *flags, "--checkpoint-dir", folder, world=world)
+
+
+@pytest.mark.slow
+def test_a_student_of_more_heads_than_its_teacher(tmp_path):
+    save_teacher(tmp_path / "teacher.pth")
+    spawn(rank_with_more_heads, str(tmp_path))
 
 
 STUDENT = ("train_student_cifar", "--tarch", "resnet8_aux", "--arch", "resnet8_aux", "--tcheckpoint", "{0}/teacher.pth")

@@ -177,6 +177,31 @@ def test_the_best_teacher_by_the_published_rules(rotations, rule, value, epoch, 
         assert (saved["acc"], saved["best"], saved["best_by"]) == (tests[number - 1][0], best, rule)
     logged = [(line["test/top1"], line["test/joint"]) for line in log_lines(tmp_path)]
     assert logged == [(top1, max(heads)) for top1, *heads in tests]
+    frozen = models.create("resnet8_aux", 4, rotations)
+    frozen.freeze_backbone()
+    assert methods.Teacher().best_by(frozen) == "joint"  # its top-1 never changes
+
+
+def test_a_methods_constants_are_part_of_a_run(tmp_path):
+    def trainer(**more):
+        common = {"train": loader(8), "test": loader(8), "epochs": 1, "amp": "off", "folder": tmp_path}
+        return Trainer(Small(), methods.KD(Small(), **more), **common, resume=bool(more))
+
+    trainer().fit()
+    with pytest.raises(utils.UserError, match="temperature 4.0 -> 8.0"):
+        trainer(temperature=8.0)
+
+
+def test_a_look_at_the_stages_leaves_statistics_as_they_are():
+    student, teacher = models.create("resnet8", 4), models.create("resnet8", 4)
+    Trainer(student, methods.FitNet(teacher), train=loader(8), test=loader(8), epochs=1, amp="off")
+    assert student.bn1.num_batches_tracked == 0
+
+
+def test_dpcd_refuses_heads_of_rotations():
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="rotations=1"):
+        methods.DPCD(models.create("resnet8", 4))(models.create("resnet8_aux", 4), images, labels)
 
 
 def test_a_method_that_needs_numbers_refuses_batches_without():
@@ -228,6 +253,8 @@ def test_imagenets_constants():
     dpcd |= {"ced_beta": 2.0}
     expected = {"hsakd": HSAKD, "kd": KD | kd, "dkd": DKD | dkd, "dpcd": DPCD | dpcd}
     assert {name: constants("train_student_imagenet", "--method", name) for name in expected} == expected
+    library = ("--arch", "torchvision/mobilenet_v2_aux", "--tarch", "torchvision/resnet34_aux", "--method", "dpcd")
+    assert constants("train_student_imagenet", *library) == DPCD | dpcd
     large = ("--tarch", "resnet50_imagenet_aux", "--method", "dkd")
     assert constants("train_student_imagenet", *large)["beta"] == 2.0
 
@@ -238,6 +265,7 @@ def test_constants_from_python_follow_the_teachers_family():
     assert methods.DPCD(wrn).beta_range == (5.0, 8.0) and methods.DKD(wrn).beta == 6.0
     assert methods.DPCD(network()).beta_range == (1.0, 4.0) and methods.DKD(network()).beta == 8.0
     assert methods.DKD(wrn, beta=3.0).beta == 3.0
+    assert methods.DKD(SimpleNamespace(arch="mine")).beta == methods.DKD(SimpleNamespace(arch=3)).beta == 8.0
     assert methods.HSSAKD().temperature == 3.0 and methods.Teacher().constants() == {}
     with pytest.raises(TypeError):
         methods.KD(network(), beta=3.0)

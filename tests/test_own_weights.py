@@ -1,6 +1,7 @@
 """Own and foreign weights: tested before the first step, read as they were trained, loaded into other networks."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import models
 import utils
 from methods.base import with_features
 from models.adapted import Adapted
-from scripts import run, status
+from scripts import run, status, stopped
 from training import speed, start
 
 FAULTS = Path(__file__).resolve().parents[2] / "shared" / "faults" / "checkpoints"
@@ -319,6 +320,10 @@ def test_what_shapes_a_run_is_changed_at_resume_and_logged(folder, tmp_path, cap
         {"epoch": 2, "name": "milestones", "from": [150, 180, 210], "to": [5, 7]},
     ]
     assert [json.loads(line)["lr"] for line in (place / "log.jsonl").read_text().splitlines()] == [0.05, 0.01, 0.01]
+    batches = words(folder, tmp_path, "--tag", "batches", "--arch", "resnet8")
+    assert stopped("train_baseline_cifar", *batches, after=1, by=signal.SIGTERM) == 143
+    assert trains("--tag", "batches", "--resume", "--override", "batch_size=4") == 0
+    assert "resuming at epoch 1, step 3" in capsys.readouterr().out  # after as many images
     import report
 
     report.main(report.parse_args([str(tmp_path)]))

@@ -258,6 +258,7 @@ def test_evaluate_tests_the_best_weights_and_writes_nothing(copy, capsys, tmp_pa
     assert f" top1 {checkpoint(folder, best=True)['acc']:.2f}," in line
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     refused(capsys, *argv[:-1], "--tag", "none", "--evaluate")
+    assert "mean" in refused(capsys, *argv[:-1], "--mean", "0.5", "--std", "0.5", "--evaluate")
     assert [path.name for path in tmp_path.iterdir()] == [BASELINE_RUN]
 
 

@@ -152,6 +152,9 @@ def test_strided_depthwise_convolutions_train_in_float32_in_a_cpus_bfloat16():
     model = trainer(student="mobilenetV2_aux", amp="bf16").model
     changed = [m for m in model.modules() if isinstance(m, speed.Float32Conv2d)]
     assert len(changed) == 9 and all(m.groups == m.in_channels and m.stride == (2, 2) for m in changed)
+    teacher = speed.inference_copy(model, torch.bfloat16, torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert teacher(torch.randn(2, 3, 32, 32))[0].isfinite().all()
     layer = changed[0]
     images = torch.randn(2, layer.in_channels, 8, 8).to(torch.bfloat16).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

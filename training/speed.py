@@ -14,7 +14,7 @@ def inference_copy(teacher: nn.Module, dtype: torch.dtype, layout: torch.memory_
     """Return a frozen copy of a teacher with the weights that autocast to `dtype` would convert in every step."""
     network = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=layout)
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if type(module) in (nn.Conv2d, nn.Linear):  # a subclass may need float32
             module.to(dtype)
     return network
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import imagesets
 import utils
 from models import state_dicts
 from training import distributed, launch
@@ -30,7 +31,8 @@ def to_cpu(value: Any) -> Any:
 def default_settings(trainer: "Trainer") -> dict[str, Any]:
     """Return the settings of a Trainer that is made without a command line, which a resumed run must share."""
     names = ("lr", "weight_decay", "momentum", "nesterov", "milestones", "warmup", "seed", "optimizer", "schedule")
-    settings = {name: getattr(trainer, name) for name in names}
+    settings = {name: getattr(trainer, name) for name in (*names, "epochs", "ema_decay")}
+    settings |= {name: getattr(trainer.objective, name) for name in trainer.objective.constants()}
     named = {name: getattr(v, "__qualname__", type(v).__name__) if callable(v) else v for name, v in settings.items()}
     return {"method": trainer.objective.name, **json_form(named)}
 
@@ -94,9 +96,20 @@ def load(trainer: "Trainer", state: dict[str, Any]) -> None:
     if trainer.ema:
         trainer.ema.load_state_dict(state)
     trainer.epoch, trainer.step_in_epoch = state["order"]["epoch"], state["order"]["step"]
+    before, now = (settings.get("batch_size") for settings in (state["args"], trainer.settings))
+    if before and now:  # --override batch_size=N: the images seen so far are those of another number of steps
+        trainer.step_in_epoch = trainer.step_in_epoch * before // now
     trainer.totals.load_state_dict(state["totals"], trainer.world.is_main)
     trainer.best, trainer.last_top1 = {name: state["best"][name] for name in trainer.best}, state["acc"]
     torch.set_rng_state(state["rng"]["torch"])
+
+
+def check_images(trainer: "Trainer", saved: Checkpoint) -> None:
+    """Raise UserError unless a run's test images are read as when its weights were trained."""
+    now, then = json_form(trainer.info), json_form(imagesets.recorded(saved.info))
+    other = [f"{name} {value} -> {now.get(name)}" for name, value in then.items() if value != now.get(name)]
+    if other:
+        raise UserError(f"{saved.path}: trained on images that are read otherwise ({', '.join(other)})")
 
 
 def resume(trainer: "Trainer", saved: Checkpoint) -> None:

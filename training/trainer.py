@@ -73,7 +73,7 @@ class Trainer:
         if callable(self.schedule) and (self.milestones or self.warmup):
             raise ValueError("milestones and warmup belong to schedules by name; a callable sets its own")
         if self.objective.whole_batches and self.accumulate > 1:
-            raise UserError(f"--accumulate has no part in {self.objective.name}: its running state is of whole batches")
+            raise UserError(f"--accumulate has no part in {self.objective.name}, whose terms are of whole batches")
         given = {name: getattr(self, name) for name in ("lr", "weight_decay", "momentum", "nesterov")}
         self.factory = optimizer_factory(self.optimizer, **given)
         self.settings = self.settings or state.default_settings(self)
@@ -112,6 +112,7 @@ class Trainer:
         self.model.to(device, memory_format=self.layout)
         objective.to(device)
         if type(objective).prepare is not Objective.prepare:
+            self.model.eval()  # a look at its features leaves BatchNorm's statistics as they are
             count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
             try:
                 objective.prepare(self.model, next(iter(self.train))[0].to(device), count)
@@ -274,6 +275,7 @@ class Trainer:
         if not path.exists():
             raise UserError(f"--evaluate: nothing has been trained in {self.run.path} yet")
         checkpoint = utils.load_weights(self.model, path)
+        state.check_images(self, checkpoint)
         precision = self.precision_of(checkpoint)
         net = checkpoint.best_net if self.val is not None else None
         means = evaluate(self.model, self.test, self.world.device, precision, heads=True, net=net)
