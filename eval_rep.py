@@ -49,8 +49,7 @@ class LinearProbe(nn.Module):
 
 def parse_args(argv=None):
     parser = options.training_parser(__file__, __doc__, "mobilenetV2", "stl10", epochs=100, milestones=(30, 60, 90))
-    parser.set_defaults(init_lr=0.1)
-    parser.recipe["weight_decay"] = 0.0
+    parser.recipe |= {"init_lr": 0.1, "weight_decay": 0.0}
     parser.add_argument(
         "--s-path", type=options.path, required=True, help="weights of the backbone, or of a whole network"
     )

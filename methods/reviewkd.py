@@ -40,8 +40,8 @@ class Fusion(nn.Module):
 class ReviewKD(Imitation):
     """Cross-entropy, and the hierarchical context loss of the fused stages and the pooled embedding.
 
-    Of networks with different numbers of stages the deeper ones are compared. The features are those after a stage's
-    last ReLU; the released code takes the teacher's before it.
+    Of networks with different numbers of stages the deeper ones are compared. The features are those that HSAKD taps;
+    the released code takes the teacher's before the last ReLU.
     """
 
     name = "reviewkd"

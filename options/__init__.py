@@ -136,7 +136,7 @@ def add_few_ratio(parser: Parser, default: float | None = None) -> None:
 def imagenet_parser(script: str, description: str, arch: str) -> Parser:
     """Return the parser of an ImageNet training script: `training_parser` with that recipe's defaults."""
     parser = training_parser(script, description, arch, "imagenet", epochs=100, milestones=(30, 60, 90))
-    parser.recipe = {"weight_decay": 1e-4, "nesterov": False, "batch_size": 256}
+    parser.recipe = {"init_lr": 0.1, "weight_decay": 1e-4, "nesterov": False, "batch_size": 256}
     parser.set_defaults(data="./data/ImageNet", batch_size=None)
     return parser
 

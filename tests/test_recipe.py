@@ -128,6 +128,8 @@ def test_learning_rate_follows_the_architecture():
         assert options.default_learning_rate(name) == expected, name
     assert parsed("train_online_kd_cifar", "--arch", "mbv2_mbv2").init_lr == 0.01
     assert parsed("train_student_cifar", *TEACHER, "--arch", "ShuffleV1_aux").init_lr == 0.01
+    assert parsed("train_teacher_imagenet", "--arch", "torchvision/resnet18_aux").init_lr == 0.1
+    assert parsed("eval_rep", "--s-path", "s.pth", "--optimizer", "adamw").init_lr == 1e-3
     assert parsed("eval_rep", "--s-path", "s.pth", "--arch", "ShuffleV2").init_lr == 0.1  # the linear classifier's
 
 

@@ -16,7 +16,7 @@ from utils import UserError, World, warn
 START_TIMEOUT = timedelta(minutes=60)  # until training begins: the first process may download and unpack meanwhile
 
 
-def setup(gpu_id: str | None = None, backend: str | None = None, timeout: timedelta = START_TIMEOUT) -> World:
+def setup(gpu_id: str | None = None, backend: str | None = None) -> World:
     """Join the process group that the environment describes (torchrun's variables), if any, and return the World.
 
     `gpu_id` is a list such as "0,1" of the GPUs of this machine; `backend` is "nccl", "gloo" or None for what suits the
@@ -25,7 +25,7 @@ def setup(gpu_id: str | None = None, backend: str | None = None, timeout: timede
     rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     world = World(rank, max(size, 1), pick_device(gpu_id, local_rank, max(size, 1)))
     if "RANK" in os.environ and not dist.is_initialized():
-        join((backend or "nccl") if world.device.type == "cuda" else "gloo", world.device, timeout)
+        join((backend or "nccl") if world.device.type == "cuda" else "gloo", world.device)
     return world
 
 
@@ -53,20 +53,21 @@ def pick_device(gpu_id: str | None, local_rank: int = 0, size: int = 1) -> torch
     return device
 
 
-def join(backend: str, device: torch.device, timeout: timedelta) -> None:
+def join(backend: str, device: torch.device) -> None:
     """Join the process group.
 
     The store of torchrun outlives its restarts: a new group that read the keys of the dead one would connect to
     processes that are gone. So each start has keys of its own.
     """
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     else:  # each machine counts the restarts that its own processes caused: here every rank counts its starts
         start = store.add(f"starts of {rank}", 1)
     store = dist.PrefixStore(f"start {start}", store)
     device_id = device if backend == "nccl" else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+    group = {"store": store, "rank": rank, "world_size": size, "device_id": device_id}
+    dist.init_process_group(backend, timeout=START_TIMEOUT, **group)
 
 
 def set_timeout(minutes: float) -> None:

@@ -48,7 +48,7 @@ def json_form(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def differences(old: dict, new: dict, free: set[str] = FREE_ARGUMENTS) -> list[str]:
+def differences(old: dict, new: dict, free: set[str]) -> list[str]:
     """Return 'name old -> new' for each setting that shapes the result and differs.
 
     A flag that did not exist yet is one that is not given: None, False or 0.

@@ -86,7 +86,8 @@ def load_backbone(
         if renewed:
             del backbone.source  # its classifier is not the file's: there is no accuracy to expect
         elif order:
-            last = [module for module in backbone.modules() if isinstance(module, nn.Linear)][-1]
+            layers = [module for module in backbone.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+            last = [layer for layer in layers if len(layer.weight) == data.num_classes][-1]
             last.load_state_dict({name: value[order] for name, value in last.state_dict().items()})
     if renewed:
         classes = f"the weights have {checkpoint.num_classes} classes, the images {data.num_classes}"
