@@ -24,6 +24,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 import models
 from models import state_dicts
 from models.state_dicts import digest
+from models.tracer import first_line
 
 
 class UserError(Exception):
@@ -53,12 +54,6 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, shortened, with the error's type if it has no letters."""
-    text = (str(error).strip().splitlines() or [""])[0][:160]
-    return text if re.search("[a-zA-Z]", text) else f"{type(error).__name__} {text}".strip()
 
 
 def print_main(text: object, file: TextIO | None = None) -> None:

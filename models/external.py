@@ -5,6 +5,7 @@ blocks of the same strides and widths (`light`). The last branch first repeats t
 """
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from models.auxiliary import AuxiliaryClassifier, AuxiliaryNet, StageReader, as_map
 from models.stages import FeatureMap, Stages
-from models.tracer import META, TraceError, attribute, meta_copy, one_line
+from models.tracer import META, TraceError, first_line, meta_copy
 from models.tracing import function_of
 
 BRANCHES = ("copy", "light")
@@ -42,7 +43,7 @@ class Branch(nn.Module):
             owner = getattr(owner, parent)
         if isinstance(getattr(owner, name, None), (Tensor, nn.Module)):
             return
-        item = attribute(source, path)
+        item = operator.attrgetter(path)(source)
         if isinstance(item, Tensor) and not isinstance(item, nn.Parameter):
             owner.register_buffer(name, item, persistent=path in source.state_dict(keep_vars=True))
         else:
@@ -218,6 +219,6 @@ def check_batches(network: AuxiliaryNet, example: Tensor) -> None:
             with torch.no_grad():
                 logits, aux_logits = copied.train(mode)(images)
         except Exception as error:  # whatever the network's own code raises
-            raise TraceError(f"{type(network.backbone).__name__} cannot be cut: {one_line(error)}") from None
+            raise TraceError(f"{type(network.backbone).__name__} cannot be cut: {first_line(error)}") from None
         if any(len(output) != len(images) or output.ndim != 2 for output in (logits, *aux_logits)):
             raise TraceError(f"{type(network.backbone).__name__} cannot be traced for any number of images")

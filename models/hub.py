@@ -13,6 +13,8 @@ from typing import Any
 import torchvision
 from torch import Tensor, nn
 
+from models.tracer import first_line
+
 DEFAULT_SIZE = 224
 _LIBRARIES = ("torchvision", "timm")
 # Families of torchvision whose networks are made for one size of image, and the argument that names it.
@@ -89,7 +91,7 @@ def hub_weights(name: str) -> dict[str, Tensor]:
             return _timm(name).create_model(bare, pretrained=True).state_dict()
         return torchvision.models.get_model_weights(bare).DEFAULT.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, ValueError) as error:  # what urllib, torch.hub and huggingface_hub raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(" .")
+        reason = first_line(error).rstrip(" .")
         advice = "give a file of them instead"
         raise ValueError(f"the weights of {name} cannot be downloaded ({reason}): {advice}") from None
 

@@ -10,7 +10,7 @@ import operator
 import torch
 from torch import Tensor, fx, nn
 
-from models.tracer import META, TraceError, attribute, has_tensor, meta_copy, one_line
+from models.tracer import META, TraceError, first_line, has_tensor, meta_copy
 from models.tracing import Trace
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -74,7 +74,7 @@ class Stages:
         except Exception as error:  # in the network's own words
             if "meta tensor" not in str(error):  # else it looks at values, and cannot be traced
                 size = " x ".join(map(str, example.shape[2:]))
-                reason = f"refuses images of {size} pixels: {one_line(error)}"
+                reason = f"refuses images of {size} pixels: {first_line(error)}"
                 raise ValueError(f"{type(self._net).__name__} {reason}") from None
         self.traces = {mode: Trace(self._net, self.example, training=mode) for mode in (False, True)}
 
@@ -131,7 +131,7 @@ class Stages:
             return node.target if _heavy(self._net.get_submodule(node.target)) else None
         weights = [given for given in node.all_input_nodes if given not in self._trace.derived]
         for given in weights:  # which grows: weights may be standardised before they are used
-            if given.op == "get_attr" and attribute(self._net, given.target).ndim > 1:
+            if given.op == "get_attr" and operator.attrgetter(given.target)(self._net).ndim > 1:
                 return given.target
             weights += [
                 other for other in given.all_input_nodes if has_tensor(other.meta["value"]) and other not in weights

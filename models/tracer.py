@@ -5,6 +5,8 @@ follows the example; a module whose forward cannot be followed stands in the gra
 """
 
 import copy
+import operator
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,9 +31,6 @@ class ValueProxy(fx.Proxy):
         return ValueAttribute(self, name)
 
     def __index__(self) -> int:
-        return int(self.tracer.number(self))
-
-    def __int__(self) -> int:
         return int(self.tracer.number(self))
 
     def __float__(self) -> float:
@@ -108,7 +107,7 @@ class Tracer(fx.Tracer):
         if node.op == "placeholder":
             return self.example
         if node.op == "get_attr":
-            return attribute(self.root, node.target).detach().to(META)
+            return operator.attrgetter(node.target)(self.root).detach().to(META)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _meta_argument)
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
@@ -130,7 +129,7 @@ class Tracer(fx.Tracer):
             while (node := next(iter(reversed(self.graph.nodes)))) is not last:
                 self.graph.erase_node(node)
             result = self.create_proxy("call_module", path, args, kwargs)
-            self.reasons[path] = one_line(error)
+            self.reasons[path] = first_line(error)
         if isinstance(result, fx.Proxy):
             self.outputs.append((path, result.node))
         return result
@@ -176,17 +175,10 @@ def has_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def attribute(root: nn.Module, path: str) -> Any:
-    """Return `root.a.b` of the path `a.b`."""
-    for name in path.split("."):
-        root = getattr(root, name)
-    return root
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, shortened, with the error's type if it has no letters."""
+    text = (str(error).strip().splitlines() or [""])[0][:160]
+    return text if re.search("[a-zA-Z]", text) else f"{type(error).__name__} {text}".strip()
 
 
 def _meta_argument(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from models.tracer import TraceError, Tracer, has_tensor, one_line
+from models.tracer import TraceError, Tracer, first_line, has_tensor
 
 
 class Trace:
@@ -21,7 +21,7 @@ class Trace:
         try:
             self.graph = tracer.record(net)
         except Exception as error:  # whatever the network's own code raises on meeting a stand-in
-            raise TraceError(f"{type(net).__name__} cannot be traced: {one_line(error)}") from None
+            raise TraceError(f"{type(net).__name__} cannot be traced: {first_line(error)}") from None
         finally:
             for module, mode in modes.items():
                 module.training = mode

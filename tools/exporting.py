@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils import UserError, first_line, replacing
+from models import state_dicts
+from utils import UserError, first_line, read_file, replacing
 
 FORMATS = ("onnx", "pt2", "safetensors", "state_dict")
 INPUT, OUTPUT = "images", "logits"
@@ -143,12 +144,8 @@ def read_back(network: nn.Module, kind: str, path: str) -> Run:
         return lambda images: torch.from_numpy(program.run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
     if kind == "pt2":
         return torch.export.load(path).module()
-    if kind == "safetensors":
-        from safetensors.torch import load_file as load
-    else:
-        load = torch.load
     network = copy.deepcopy(network)
-    network.load_state_dict(load(path))
+    state_dicts.load(network, read_file(path))
     return network
 
 
