@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from options.data import add_augmentation, add_data, add_statistics, check_data, test_settings
+from options.data import add_augmentation, add_data, add_statistics, check_data, recorded_keep, test_settings
 from options.networks import add_networks, create, named, own_statistics
 from options.parser import (
     Parser,
@@ -212,12 +212,13 @@ def run_folder(args: argparse.Namespace) -> str:
 
 
 def data_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the keyword arguments of `imagesets.load` that the command line gives."""
+    """Return the keyword arguments of `imagesets.load` that the command line gives, or else the run that is resumed."""
+    keep = recorded_keep(run_folder(args)) if args.resume else None
     more = {"seed": args.manual_seed, "val_split": args.val_split, "few_ratio": getattr(args, "few_ratio", None)}
     more |= {"augment": getattr(args, "augment", None), "flip": False if getattr(args, "no_flip", False) else None}
     more |= {"views": getattr(args, "views", None), "views_seed": getattr(args, "views_seed", 0)}
     own = own_statistics(args.arch) if args.dataset in ("imagefolder", "imagenet") else {}
-    return {**own, **test_settings(args), **more}
+    return {"keep": keep, **own, **test_settings(args), **more}
 
 
 def loss_settings(args: argparse.Namespace, data: Any) -> dict[str, Any]:

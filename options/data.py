@@ -1,6 +1,8 @@
 """The flags of images: where they are, and how they are read, normalised and augmented."""
 
 import argparse
+import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -78,3 +80,12 @@ def test_settings(args: argparse.Namespace) -> dict[str, Any]:
         "skip_bad_images": args.skip_bad_images,
         **{name: value for name, value in found.items() if value is not None},
     }
+
+
+def recorded_keep(folder: str) -> str | None:
+    """Return how the run in `folder` keeps its images, "memory" or "files", if it has recorded that."""
+    try:
+        with open(os.path.join(folder, "args.json"), encoding="utf-8") as file:
+            return json.load(file)["image_set"].get("keep")
+    except (OSError, ValueError, LookupError):
+        return None

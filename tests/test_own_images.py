@@ -1,5 +1,6 @@
 """Own folders of images: what is read, how it is resized and augmented, and what is said about it."""
 
+import json
 import re
 import shutil
 import tarfile
@@ -356,6 +357,18 @@ def test_flags_that_cannot_be_meant_are_one_line(words, capsys):
     assert status("train_baseline_cifar", "--arch", "resnet8", "--dataset", "imagefolder", *words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.findall("--[a-z-]+", words)[-1] in line
+
+
+def test_a_resumed_run_keeps_its_images_where_they_were(tmp_path, monkeypatch):
+    write_splits(tmp_path / "data", [(16, 16)] * 4)
+    flags = ("--dataset", "imagefolder", "--data", tmp_path / "data", "--arch", "resnet8", "--num-workers", 0)
+    flags = (*flags, "--checkpoint-dir", tmp_path, "--amp", "off", "--batch-size", 4)
+    run("train_baseline_cifar", *flags, "--epochs", 1)
+    monkeypatch.setattr(folders, "MEMORY", 1)  # a new run would read files
+    run("train_baseline_cifar", *flags, "--epochs", 2, "--resume")
+    (args,) = tmp_path.glob("train*/args.json")
+    kept = json.loads(args.read_text())["image_set"]
+    assert (kept["keep"], kept["augment"], kept["size"]) == ("memory", str(Augmentation(2, True)), 16)
 
 
 @pytest.mark.parametrize("keep", ["memory", "files"])
