@@ -28,10 +28,11 @@ class Branch(nn.Module):
         """Take what the graphs (training or not -> graph) use out of `source`."""
         super().__init__()
         self._functions = {mode: function_of(source, graph) for mode, graph in graphs.items()}
-        for graph in graphs.values():
-            for node in graph.nodes:
-                if node.op in ("call_module", "get_attr"):
-                    self._take(source, node.target)
+        nodes = (node for graph in graphs.values() for node in graph.nodes)
+        used = dict.fromkeys(node.target for node in nodes if node.op in ("call_module", "get_attr"))
+        for path in used:  # but parts of a module that one of the graphs calls as a whole
+            if not any(path.startswith(f"{other}.") for other in used):
+                self._take(source, path)
 
     def _take(self, source: nn.Module, path: str) -> None:
         """Make a module or weight of `source` this module's own, under the same path."""

@@ -6,11 +6,14 @@ follows the example; a module whose forward cannot be followed stands in the gra
 
 import copy
 import operator
+import pickle
+import random
 import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, fx, nn
@@ -121,9 +124,13 @@ class Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         last, stack, found = next(iter(reversed(self.graph.nodes))), self.module_stack.copy(), len(self.outputs)
+        generators = _host_generators()
         try:
             result = super().call_module(m, forward, args, kwargs)
+            if _host_generators() != generators:  # as in some stochastic depths: the graph would hold this one draw
+                raise TraceError("draws random numbers in Python")
         except Exception as error:  # whatever the module's own code raises on meeting a stand-in
+            _restore_host_generators(generators)
             self.module_stack = stack
             del self.outputs[found:]
             while (node := next(iter(reversed(self.graph.nodes)))) is not last:
@@ -179,6 +186,18 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, shortened, with the error's type if it has no letters."""
     text = (str(error).strip().splitlines() or [""])[0][:160]
     return text if re.search("[a-zA-Z]", text) else f"{type(error).__name__} {text}".strip()
+
+
+def _host_generators() -> bytes:
+    """Return the states of the generators that Python code draws from."""
+    return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state()))
+
+
+def _restore_host_generators(states: bytes) -> None:
+    of_torch, of_python, of_numpy = pickle.loads(states)
+    torch.set_rng_state(torch.from_numpy(of_torch))
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
 
 
 def _meta_argument(value: Any) -> Any:

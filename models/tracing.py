@@ -126,9 +126,8 @@ class Trace:
         return graph
 
     def _statements(self, node: fx.Node) -> list[fx.Node]:
-        """Return what changes the value of `node` in place and whose result nothing reads, as `y.relu_()`."""
-        changed = [user for user in node.users if user.all_input_nodes[0] is node and _in_place(self.net, user)]
-        return [user for user in changed if not user.users]
+        """Return what changes the value of `node` in place, as `y.relu_()`, whose result nothing need read."""
+        return [user for user in node.users if user.all_input_nodes[0] is node and _in_place(self.net, user)]
 
 
 def _known_size(graph: fx.Graph, node: fx.Node, x: fx.Node) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import random
 import re
 import sys
 import urllib.error
@@ -452,7 +453,7 @@ def test_a_branch_has_what_is_changed_in_place_without_a_result():
     class Statement(Tiny):
         def forward(self, x):
             x = self.stage2(self.stage1(self.stem(x)))
-            x.neg_()
+            x.neg_().mul_(2)
             return self.fc(self.stage3(x).mean((2, 3)))
 
     net = Statement()
@@ -462,6 +463,29 @@ def test_a_branch_has_what_is_changed_in_place_without_a_result():
     for level, tap in enumerate(taps[:-1], 1):
         branch = getattr(network.auxiliary_classifier, f"block_extractor{level}")
         torch.testing.assert_close(branch(tap), embedding)
+
+
+class Skipping(nn.Module):
+    """A block that is skipped by a draw in Python, as stochastic depth often is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return x if self.training and random.random() < 0.5 else x + self.conv(x)
+
+
+def test_draws_in_python_stay_draws():
+    class Deep(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.stage2 = nn.Sequential(self.stage2, Skipping(), Skipping())
+
+    network = models.attach_auxiliary(Deep(), 10, example=SMALL, fresh=Deep).train()
+    network.backbone.apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else None)
+    images = torch.randn(2, 3, 32, 32)
+    assert len({round(network(images)[0].sum().item(), 4) for _ in range(20)}) > 2
 
 
 def test_a_named_classifier_settles_which_embedding_is_meant():
