@@ -80,6 +80,9 @@ def settings_of(args: dict) -> dict[str, str]:
     kept = {key: str(value) for key, value in args.items() if value and key not in NOT_SETTINGS}
     changes = [f"{c['name']} {c['from']} -> {c['to']} from epoch {c['epoch']}" for c in args.get("overrides", ())]
     kept |= {"override": " and ".join(changes)} if changes else {}
+    images = args.get("image_set") or {}
+    if images.get("dataset") == "imagefolder":  # whose folder may have moved
+        kept["images"] = f"{images.get('images')} of {images.get('size')} pixels"
     return {key: re.sub(r"seed\d+", "seed", "/".join(value.split("/")[-2:])) for key, value in kept.items()}
 
 

@@ -37,7 +37,8 @@ def main(args, world):
     checkpoint = utils.Checkpoint(args.student_weights, args.weights_key, args.arch)
     num_classes, rotations = checkpoint.widths
     args.arch = options.named(args.arch, checkpoint, args.net)
-    recorded = {**options.own_statistics(args.arch), **imagesets.recorded(checkpoint.info)}
+    own = options.own_statistics if "dataset" in checkpoint.info else options.own_reading
+    recorded = {**own(args.arch), **imagesets.recorded(checkpoint.info)}
     images = imagesets.load_test(**{**recorded, **options.test_settings(args)}, world=world)
     network = options.create(args, args.arch, num_classes, images.size, rotations or 4, checkpoint)
     checkpoint.load_into(network, args.net)
@@ -45,6 +46,8 @@ def main(args, world):
     if len(images.classes) != num_classes:
         classes = f"{num_classes} classes, but {args.dataset} has {len(images.classes)}"
         raise utils.UserError(f"{args.student_weights}: {classes}")
+    if args.class_names and args.class_names != images.classes:
+        raise utils.UserError("--class-names: these are not the classes of the images")
     imagesets.warn_of_other_data(checkpoint.info, images, args.student_weights)
     precision = resolve_precision(args.amp, world.device)
     tested = evaluate(network, images, world.device, precision, heads=True)  # first: it also warms the device up

@@ -12,7 +12,7 @@ import methods
 import options
 import utils
 from training import Trainer, launch
-from training.start import load_backbone, suit_teacher
+from training.start import load_backbone, suited
 
 
 def parse_args(argv=None):
@@ -25,9 +25,7 @@ def main(args, world):
     data = imagesets.load(**options.data_settings(args), world=world)
     teacher = methods.load_teacher(args, checkpoint, data.num_classes, data.size)
     student = options.create(args, args.arch, data.num_classes, data.size, method.rotations)
-    if method.reads == "heads":
-        methods.pair_heads(student, teacher)
-    teacher = suit_teacher(teacher, checkpoint, data, args.teacher_mean, args.teacher_std)
+    teacher = suited(teacher, checkpoint, data.test, args.teacher_mean, args.teacher_std)
     args.digests = {args.tcheckpoint: checkpoint.digest, **load_backbone(student, args.pretrained_backbone, data)}
     objective = method(teacher, **methods.constants_of(args, method), **options.loss_settings(args, data))
     Trainer(student, objective, **data.batches(), **options.trainer_settings(args), world=world).fit()

@@ -121,7 +121,7 @@ def reading(name: str, images: ImageSet, size: int | None, settings: Settings) -
         if len(numbers) == len(images.classes) and numbers != sorted(numbers) and not settings.class_names:
             warn(f"warning: class folders are sorted as text, {', '.join(images.classes[:3])} ...: see --class-names")
     changed = {"size": size, "resize": settings.resize, "in_memory": keep == "memory"}
-    changed |= {"margin": 256 / 224} if name == "imagenet" else {}
+    changed["margin"] = settings.margin or (256 / 224 if name == "imagenet" else 1.0)
     return changed | ({"grey_range": tuple(grey_range)} if grey_range else {})
 
 

@@ -55,6 +55,7 @@ class Settings:
     # Of folders of images:
     size: int | None = None  # pixels a side; by default the median of the shorter sides, at most 96
     resize: str = "crop"  # how images become square: crop, squash, pad
+    margin: float | None = None  # shorter side before the centre crop, in sizes; by default 1, of ImageNet 256 / 224
     keep: str | None = None  # "memory" or "files"; by default in memory up to 2 GB
     test_split: float | None = None  # share of the images that are tests if there is no folder of these
     grey_range: tuple[int, int] | None = None  # 16-bit values that become black and white; by default those in use

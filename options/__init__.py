@@ -9,7 +9,7 @@ from typing import Any
 
 import models
 from options.data import add_augmentation, add_data, add_statistics, check_data, recorded_keep, test_settings
-from options.networks import add_networks, create, named, own_statistics
+from options.networks import add_networks, create, named, own_reading, own_statistics
 from options.parser import (
     Parser,
     above_zero,
@@ -29,7 +29,8 @@ from options.parser import (
 )
 
 __all__ = ["Parser", "above_zero", "architecture", "below_one", "given", "natural", "not_negative", "path", "positive"]
-__all__ += ["add_networks", "add_statistics", "create", "named", "own_statistics", "share", "shown", "test_settings"]
+__all__ += ["add_networks", "add_statistics", "create", "named", "own_reading", "own_statistics", "share", "shown"]
+__all__ += ["test_settings"]
 
 # As published: the light networks start at 0.01, all others at 0.05.
 LIGHT_NETWORKS = ("mobilenet", "mbv2", "shuffle")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import models
+from models import hub
 from models.cost import branch_costs
 from models.tracer import TraceError
 from options.parser import Parser, positive
@@ -59,6 +60,14 @@ def print_costs(name: str, costs: dict[str, dict[str, int]]) -> None:
     """Print what a network costs without branches, with copied and with light ones."""
     each = (f"{kind} {c['parameters'] / 1e6:.2f} M and {c['multiply_adds'] / 1e6:.0f} M" for kind, c in costs.items())
     print_main(f"{name}: parameters and multiply-adds, without branches and with each kind: {'; '.join(each)}")
+
+
+def own_reading(name: str) -> dict[str, Any]:
+    """Return how images of a library's own weights are read: mean, std, size and margin; empty for other networks."""
+    name = models.backbone_name(name)
+    if not models.is_external(name) or models.is_file(name):
+        return {}
+    return {**own_statistics(name), "size": hub.default_size(name), "margin": hub.margin(name)}
 
 
 def own_statistics(name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The page of tools.analyse stands alone and holds pictures; its measures against values by hand."""
 
+import argparse
 import base64
 import io
 import json
@@ -11,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+import imagesets
 import models
 from scripts import QUICK, QUICK_RUN, WORLD, run, save_teacher
 from tools import analyse, sections
 from tools.measures import Answers, agreement, ask, by_class, confusion, divergence, overview, reliability
 from tools.sections import EXTREMES
+from utils import Checkpoint
 
 
 def answers(rows, name="a"):
@@ -82,6 +85,21 @@ def test_every_head_has_its_curve():
     section = sections.head_section(SimpleNamespace(students=[SimpleNamespace(name="many", log=log)]))
     names = section.pictures[0][0].axes[0].get_legend_handles_labels()[1]
     assert names == ["classes", *(f"head {number}" for number in range(1, 12))]
+
+
+def test_networks_are_made_as_recorded_and_see_their_own_normalisation(tmp_path):
+    network = models.create("torchvision/shufflenet_v2_x0_5_aux", 10, size=32, branches="light")
+    content = {"net": network.state_dict(), "arch": network.arch, "args": {"branches": "light"}}
+    torch.save({**content, "info": {"mean": [0.1] * 3, "std": [0.2] * 3}}, tmp_path / "light.pth")
+    batches = imagesets.load_test("digits")
+    file, args = Checkpoint(tmp_path / "light.pth"), argparse.Namespace()
+    found = analyse.network_of(args, file, "resnet8", batches)
+    images = next(iter(batches))[0][:2]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in batches.statistics)
+    with torch.no_grad():
+        expected = network.eval()((images * std + mean - 0.1) / 0.2)[0]
+        torch.testing.assert_close(found(images)[0], expected, rtol=1e-3, atol=1e-3)
+    assert analyse.names_of([file, Checkpoint(save_teacher(tmp_path / "teacher.pth"))]) == ["light", "teacher (2)"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ import models
 import utils
 from methods.base import with_features
 from models.adapted import Adapted
-from scripts import run, status, stopped
+from scripts import WORLD, parsed, run, status, stopped
+from tools import trained as trained_weights
 from training import speed, start
 
 FAULTS = Path(__file__).resolve().parents[2] / "shared" / "faults" / "checkpoints"
@@ -176,10 +177,10 @@ def test_a_teacher_of_the_students_images_is_not_wrapped(folder, teacher):
     checkpoint = utils.Checkpoint(teacher)
     network = models.create("resnet8_aux", 4)
     same = imagesets.load("imagefolder", folder, mean=OTHER[0], std=OTHER[1])
-    assert start.suit_teacher(network, checkpoint, same) is network
+    assert start.suited(network, checkpoint, same.test) is network
     other = imagesets.load("imagefolder", folder)
-    assert isinstance(start.suit_teacher(network, checkpoint, other), Adapted)
-    assert start.suit_teacher(network, checkpoint, other, *other.statistics) is network
+    assert isinstance(start.suited(network, checkpoint, other.test), Adapted)
+    assert start.suited(network, checkpoint, other.test, *other.statistics) is network
 
 
 SCRIPTS = {
@@ -241,6 +242,25 @@ def test_weights_are_tested_as_they_were_trained_unless_flags_say_otherwise(fold
     found = result_of(folder, backbone, capsys, "--mean", 0.5, "--image-size", 12)
     assert found["mean"] == [0.5] * 3 and found["std"] == list(OTHER[1])
     assert found["backbone"]["multiply_adds"] < result_of(folder, backbone, capsys)["backbone"]["multiply_adds"]
+
+
+def test_class_names_that_are_not_the_images_are_refused(folder, backbone, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("blue\ngreen\ngray\nred\n")
+    data = ("--dataset", "imagefolder", "--data", folder, "--student-weights", backbone)
+    assert status("test_model", *data, "--class-names", tmp_path / "names.txt") == 2
+    assert "--class-names" in capsys.readouterr().err
+
+
+def test_a_librarys_weights_are_tested_at_the_librarys_size_and_crop(folder, tmp_path, capsys):
+    name = "torchvision/shufflenet_v2_x0_5"
+    torch.save(models.create(name, 4).state_dict(), tmp_path / "foreign.pth")
+    data = ("--dataset", "imagefolder", "--data", folder, "--num-workers", 1, "--json")
+    run("test_model", *data, "--student-weights", tmp_path / "foreign.pth", "--arch", name)
+    assert json.loads(capsys.readouterr().out)["backbone"]["multiply_adds"] > 3e7  # of 224 pixels
+    args = parsed("predict", "--weights", tmp_path / "foreign.pth", "--arch", name, "image.png")
+    assert trained_weights.load(args, WORLD).settings["margin"] == pytest.approx(256 / 224)
+    squares = [imagesets.load_test("imagefolder", folder, size=8, margin=margin) for margin in (1, 2)]
+    assert not torch.equal(*(next(iter(batches))[0] for batches in squares))
 
 
 def test_the_accuracy_of_each_class(folder, backbone, tmp_path, capsys):

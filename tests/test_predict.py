@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,10 +96,12 @@ def test_unreadable_images_are_named_and_skipped(photos, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_text("no image")
     (tmp_path / "notes.txt").write_text("not looked at")
     (tmp_path / ".hidden.png").write_text("not looked at")
+    (tmp_path / "link").symlink_to(folder / "val" / "dog")
     (tmp_path / "good.png").write_bytes((folder / "val" / "cat" / "0.png").read_bytes())
     assert status("predict", "--weights", path, tmp_path, tmp_path / "missing.png", "--json") == 1
     out, error = capsys.readouterr()
-    assert [entry["image"] for entry in json.loads(out)] == [str(tmp_path / "good.png")]
+    found, *linked = [entry["image"] for entry in json.loads(out)]
+    assert found == str(tmp_path / "good.png") and len(linked) == len(list((folder / "val" / "dog").iterdir()))
     assert "broken.jpg" in error and "missing.png" in error and "notes" not in error and "hidden" not in error
 
 
@@ -150,6 +153,9 @@ def test_a_file_of_code_runs_only_from_the_command_line(photos, tmp_path, monkey
     assert status("predict", *argv, "--arch", "own.py:net") == 0 and (tmp_path / "ran").exists()
 
 
+OWN = ("--arch", f"{Path(models.__file__).parent / 'vgg.py'}:VGG")
+
+
 def mistakes(folder, path, tmp_path):
     """Yield command lines and what their one line says."""
     image = folder / "val" / "cat" / "0.png"
@@ -162,6 +168,7 @@ def mistakes(folder, path, tmp_path):
     yield ["--weights", path, image, "--class-names", tmp_path / "names.txt"], "3 class names"
     yield ["--weights", path, image, "--mean", "0.5", "0.5"], "--mean"
     yield ["--weights", path, image, "--arch", "wrn_16_1"], "wrn_16_1"
+    yield ["--weights", tmp_path / "bare.pth", image, *OWN, "--mean", "0.5", "--std", "0.5"], "--image-size"
 
 
 def test_mistakes_are_one_line(photos, tmp_path, capsys):

@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import torch
 
 import report
 from utils import UserError
@@ -101,6 +102,20 @@ def test_the_teachers_own_arguments_say_how_it_was_trained(tmp_path):
     write_run(tmp_path / "students", "s", [1.0], tcheckpoint=str(teacher / "t.pth.tar"))
     (row,) = rows_of(tmp_path / "students")
     assert (row["method"], row["published"]) == ("hsakd", "77.20±0.17")
+
+
+def test_a_copy_of_the_teacher_says_it_too(tmp_path):
+    torch.save({"net": {}, "args": script("train_teacher_cifar", freezed=True)}, tmp_path / "T.pth.tar")
+    write_run(tmp_path / "students", "s", [1.0], tcheckpoint=str(tmp_path / "T.pth.tar"))
+    (row,) = rows_of(tmp_path / "students")
+    assert row["method"] == "hsakd"
+
+
+def test_other_images_of_ones_own_are_rows_of_their_own(tmp_path):
+    for seed, count in enumerate((100, 200)):
+        images = {"dataset": "imagefolder", "images": count, "size": 32}
+        write_run(tmp_path, str(count), [1.0], dataset="imagefolder", manual_seed=seed, image_set=images)
+    assert [row["settings"] for row in rows_of(tmp_path)] == ["images 100 of 32 pixels", "images 200 of 32 pixels"]
 
 
 def test_settings_that_differ_are_rows_of_their_own(tmp_path):

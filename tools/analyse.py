@@ -5,21 +5,25 @@
 The page needs no network. A student's learning curves are those of the log.jsonl beside its weights, if there is one.
 """
 
+import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 import imagesets
 import models
 import options
-from tools.measures import ask
+from options.parser import dataset
+from tools.measures import Answers, ask
 from tools.page import page
 from tools.sections import Study, all_sections
 from training import launch
 from training.run_folder import read_log
+from training.start import suited
 from utils import Checkpoint, UserError
 
 
@@ -33,29 +37,34 @@ def parse_args(argv=None):
     add("--tarch", type=options.architecture, help="network of the teacher's weights if they do not say it")
     add("--out", type=Path, required=True, metavar="FILE", help="page to write")
     add("--data", type=options.path, default="./data", help="folder of the data set (default: %(default)s)")
-    add("--dataset", help="default: that of the first student's training")
+    add("--dataset", type=dataset, help="default: that of the first student's training")
     add("--tsne", action="store_true", help="map the embeddings by t-SNE as well, which takes a minute each")
     return parser.parse_args(argv)
 
 
-def read_network(path: str, arch: str | None) -> tuple[nn.Module, Checkpoint]:
-    """Return a network with the weights at `path`, in evaluation mode; of a mutual pair the better one."""
-    checkpoint = Checkpoint(path)
-    name, size = options.named(arch, checkpoint), checkpoint.info.get("size")
-    network = models.create(name, checkpoint.num_classes, checkpoint.rotations or 4, size=size)
+def name_of(checkpoint: Checkpoint, arch: str | None) -> str:
+    """Return the network of weights, of a mutual pair the better one: what they record, or else `arch`."""
+    return options.named(None if checkpoint.arch and not models.is_file(checkpoint.arch) else arch, checkpoint)
+
+
+def network_of(args: argparse.Namespace, checkpoint: Checkpoint, arch: str | None, batches: Any) -> nn.Module:
+    """Return a network with the weights of a file, in evaluation mode, for images as `batches` normalises them."""
+    name, rotations = name_of(checkpoint, arch), checkpoint.rotations or 4
+    network = options.create(args, name, checkpoint.num_classes, batches.size, rotations, checkpoint)
     checkpoint.load_into(network)
-    return network.eval(), checkpoint
+    return suited(network, checkpoint, batches, name=str(checkpoint.path)).eval()
 
 
 def names_of(checkpoints: list[Checkpoint]) -> list[str]:
     """Return what students are called: method and seed, with a number where that is not enough."""
-    found = []
+    found = ["teacher"]
     for checkpoint in checkpoints:
-        seed = checkpoint.content.get("args", {}).get("manual_seed")
+        recorded = checkpoint.content.get("args")
+        seed = recorded.get("manual_seed") if isinstance(recorded, dict) else None
         name = str(checkpoint.content.get("method") or Path(checkpoint.path).stem)
         name = name.replace("supervised", "alone") + (f", seed {seed}" if seed else "")
-        found.append(name if name not in found else f"{name} ({len(found) + 1})")
-    return found
+        found.append(name if name not in found else f"{name} ({len(found)})")
+    return found[1:]
 
 
 def log_of(checkpoint: Checkpoint) -> list[dict]:
@@ -77,23 +86,24 @@ def pictures_of(batches, numbers: set[int]) -> dict:
 
 
 def main(args, world) -> None:
-    read = [read_network(path, args.arch) for path in args.weights]
-    teacher_network, _ = read_network(args.teacher, args.tarch)
-    checkpoints = [checkpoint for _, checkpoint in read]
-    dataset = args.dataset or checkpoints[0].info.get("dataset")
-    if dataset is None:
+    students, teacher = [Checkpoint(path) for path in args.weights], Checkpoint(args.teacher)
+    data = args.dataset or students[0].info.get("dataset")
+    if data is None:
         raise UserError(f"{args.weights[0]} does not say what it was trained on: name it with --dataset")
-    batches = imagesets.load_test(dataset, args.data, **imagesets.recorded(checkpoints[0].info))
-    for checkpoint in checkpoints:
-        imagesets.warn_of_other_data(checkpoint.info, batches, checkpoint.path)
-    teacher, labels = ask("teacher", teacher_network.to(world.device), batches, world.device, args.tsne)
-    students = []
-    for name, (network, checkpoint) in zip(names_of(checkpoints), read, strict=True):
-        students.append(ask(name, network.to(world.device), batches, world.device, args.tsne)[0])
-        students[-1].log = log_of(checkpoint)
-    title = f"{', '.join(student.name for student in students)} and their teacher on {dataset}"
+    reading = {**options.own_statistics(name_of(students[0], args.arch)), **imagesets.recorded(students[0].info)}
+    batches = imagesets.load_test(data, args.data, **reading)
+
+    def answers(name: str, checkpoint: Checkpoint, arch: str | None) -> tuple[Answers, Tensor]:
+        network = network_of(args, checkpoint, arch, batches).to(world.device)
+        return ask(name, network, batches, world.device, args.tsne)
+
+    taught = [answers(name, file, args.arch)[0] for name, file in zip(names_of(students), students, strict=True)]
+    for student, file in zip(taught, students, strict=True):
+        student.log = log_of(file)
+    teaching, labels = answers("teacher", teacher, args.tarch)
+    title = f"{', '.join(student.name for student in taught)} and their teacher on {data}"
     text = f"Answers on {len(labels):,} test images of {len(batches.classes)} classes."
-    sections = all_sections(Study(students, teacher, labels, batches.classes), partial(pictures_of, batches))
+    sections = all_sections(Study(taught, teaching, labels, batches.classes), partial(pictures_of, batches))
     args.out.write_text(page(title, text, sections), encoding="utf-8")
     print(f"wrote {args.out}")
 

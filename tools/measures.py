@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses import joint_labels, rotate
-from methods.base import split_outputs
-from models import stage_features
+from methods.base import split_outputs, with_features
 from training.metrics import class_logits
 
 BINS = 15
@@ -53,7 +52,7 @@ def ask(
         for key, found in hits.items():
             right.setdefault(key, []).append(found.view(-1, 4).cpu())
         logits.append(outputs.logits[::4].float().cpu())
-        embeddings += [stage_features(network, images)[1].float().cpu()] if embed else []
+        embeddings += [with_features(network, images).embedding.float().cpu()] if embed else []
         labels.append(targets.cpu())
     shares = {key: (100 * torch.cat(found).double().mean(0)).tolist() for key, found in right.items()}
     embedded = torch.cat(embeddings) if embed else None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import models
 from training.run_folder import read_json
+from utils import UserError, read_file
 
 TABLE = Path(__file__).resolve().parent.parent / "results" / "published_results.json"
 
@@ -39,9 +40,12 @@ def label_of(args: dict) -> Label:
 
 
 def source_args(path: str) -> dict:
-    """Return the arguments of the run that wrote the weights at `path`, from its args.json or else from the path."""
+    """Return the arguments of the run that wrote the weights at `path`: from its args.json, the file, or the path."""
     known = read_json(Path(path).parent / "args.json")
-    if known is not None:
+    if known is None and Path(path).is_file():  # a copy of weights
+        with suppress(UserError):
+            known = read_file(path).get("args")
+    if isinstance(known, dict):
         return known
     names = re.search(r"(train_\w+?)(?:_tarch_(\w+?))?_arch_(\w+)_dataset_([a-z0-9]+)", path)
     found = dict(zip(("script", "tarch", "arch", "dataset"), names.groups(), strict=True)) if names else {}

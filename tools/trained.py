@@ -18,7 +18,6 @@ import utils
 from imagesets.folders import ENDINGS
 from imagesets.from_files import Reader
 from imagesets.images import ImageSet, header
-from models import hub
 from options.parser import line_list
 from utils import Checkpoint, UserError, World
 
@@ -58,7 +57,7 @@ class Trained:
     @property
     def settings(self) -> dict[str, Any]:
         """The keyword arguments by which `imagesets` reads a data set as this network's images are read."""
-        own = {name: getattr(self, name) for name in ("size", "mean", "std", "resize", "grey_range")}
+        own = {name: getattr(self, name) for name in ("size", "mean", "std", "resize", "margin", "grey_range")}
         return {**imagesets.recorded(self.info), **own}
 
     @property
@@ -113,10 +112,9 @@ def load(args: argparse.Namespace, world: World) -> Trained:
 def reading(args: argparse.Namespace, checkpoint: Checkpoint, arch: str) -> dict[str, Any]:
     """Return how images are read, the last fields of `Trained`: as flags, the weights or the network's library say."""
     info = checkpoint.info
-    found = {"margin": 256 / 224} if info.get("dataset") == "imagenet" else {}
-    if hub.is_external(arch):
-        found |= {"size": hub.default_size(arch), **options.own_statistics(arch)}
-        found |= {} if "dataset" in info else {"margin": hub.margin(arch)}
+    found = options.own_reading(arch)
+    if "dataset" in info:
+        found["margin"] = 256 / 224 if info["dataset"] == "imagenet" else 1.0
     names = ("size", "mean", "std", "resize", "margin", "grey_range")
     found |= {name: value for name, value in imagesets.recorded(info).items() if name in names}
     given = {name: getattr(args, "image_size" if name == "size" else name, None) for name in names}
@@ -150,7 +148,8 @@ def image_files(places: list[str]) -> list[str]:
         if not os.path.isdir(place):
             found.append(place)
             continue
-        below = sorted(path for path in Path(place).rglob("*") if path.is_file())
+        walked = os.walk(place, followlinks=True)
+        below = sorted(path for root, _, names in walked for name in names if (path := Path(root, name)).is_file())
         shown = [path for path in below if not any(part.startswith(".") for part in path.relative_to(place).parts)]
         images = [str(path) for path in shown if path.suffix.lower() in ENDINGS or header(str(path))]
         if not images:

@@ -32,28 +32,30 @@ def class_order(theirs: list[str] | None, ours: list[str]) -> list[int] | None:
     return [theirs.index(name) for name in ours]
 
 
-def suit_teacher(
-    teacher: nn.Module,
+def suited(
+    network: nn.Module,
     checkpoint: Checkpoint,
-    data: imagesets.Data,
+    batches: Any,
     mean: Iterable[float] | None = None,
     std: Iterable[float] | None = None,
+    name: str = "the teacher",
 ) -> nn.Module:
-    """Return the teacher, wrapped if its normalisation or its order of classes is not that of `data`.
+    """Return a network of a file, wrapped if its normalisation or its order of classes is not that of test `batches`.
 
     Its own statistics are `mean` and `std`, or else those that the file records, those that a library's network was
-    made for, or those of `data`.
+    made for, or those of the batches.
     """
-    imagesets.warn_of_other_data(checkpoint.info, data.test, checkpoint.path)
-    known = {**data.info, **options.own_statistics(teacher.arch), **imagesets.recorded(checkpoint.info)}
-    given, own = statistics_of(data.info), statistics_of(known)
-    own = tuple(mean or own[0]), tuple(std or own[1])
-    order = class_order(known.get("class_names"), data.classes)
+    imagesets.warn_of_other_data(checkpoint.info, batches, checkpoint.path)
+    given = tuple(map(tuple, batches.statistics))
+    known = dict(zip(("mean", "std"), given, strict=True))
+    known |= {**options.own_statistics(network.arch), **imagesets.recorded(checkpoint.info)}
+    own = tuple(mean or known["mean"]), tuple(std or known["std"])
+    order = class_order(known.get("class_names"), batches.classes)
     if own != given:
-        print_main(f"the teacher's images are normalised by its own {shown(own)}, not {shown(given)}")
+        print_main(f"{name}'s images are normalised by its own {shown(own)}, not {shown(given)}")
     if order:
-        print_main("the teacher's classes are matched by name: it has them in another order")
-    return Adapted(teacher, given, own, order) if order or own != given else teacher
+        print_main(f"{name}'s classes are matched by name: it has them in another order")
+    return Adapted(network, given, own, order) if order or own != given else network
 
 
 def shown(statistics: Statistics) -> str:
