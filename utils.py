@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import models
-from models import state_dicts
+from models import hub, state_dicts
 from models.state_dicts import digest
 from models.tracer import first_line
 
@@ -245,8 +245,7 @@ class Checkpoint:
         model.source = {"path": str(self.path), "acc": self.recorded.get("recorded_acc"), "own": bool(self.info)}
         with contextlib.suppress(ValueError, AttributeError, TypeError):  # a name that is not known here
             theirs, ours = (models.backbone_name(arch, net) for arch in (self.arch, model.arch))
-            # mobilenetV2's weights fit mobilenetV2_s2; a file or a library's network has several names.
-            if theirs != ours and not models.is_external(ours):
+            if hub.bare(theirs) != hub.bare(ours):  # mobilenetV2's weights fit mobilenetV2_s2
                 raise UserError(f"{self.path}: weights of {theirs}, not of {ours}")
 
 

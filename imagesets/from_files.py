@@ -128,7 +128,7 @@ class Reader:
                 print(f"skipped: {line}", file=sys.stderr, flush=True)  # each rank meets others
             self.skipped.update(bad)
             if batch:
-                images, *rest = (part.to(self.device, non_blocking=True) for part in batch)
+                images, *rest = (part.to(self.device, non_blocking=self.device.type == "cuda") for part in batch)
                 yield self.normalise(images), *rest
         if len(self.skipped) > known:
             print(f"skipped {len(self.skipped)} unreadable images", file=sys.stderr, flush=True)

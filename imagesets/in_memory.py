@@ -25,11 +25,12 @@ def generator_of(*key: int) -> torch.Generator:
 def share_of_batch(step: int, batch_size: int, count: int, world: World) -> torch.Tensor:
     """Return this rank's positions in the epoch's order at `step`: an equal slice of the batch of all ranks.
 
-    The last batch holds what is left, padded from the start of the order to a multiple of the ranks.
+    The last batch holds what is left, padded from the start of the order to a multiple of the ranks, and to two images
+    a rank: BatchNorm cannot train on a single value.
     """
     first = step * batch_size
     length = min(batch_size, count - first)
-    each = math.ceil(length / world.size)
+    each = max(math.ceil(length / world.size), min(2, count, batch_size // world.size))
     return (torch.arange(each) + first + world.rank * each) % count
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import models
 import options
 from methods.base import Batch, Constant, Imitation, Objective, Outputs  # noqa: F401
-from utils import Checkpoint, UserError, print_main
+from utils import Checkpoint, UserError
 
 
 def defined_in(module: ModuleType) -> type[Objective] | None:
@@ -56,7 +56,7 @@ def add_constants(parser: argparse.ArgumentParser, method: type[Objective]) -> N
     add = parser.add_argument_group(f"method {method.name}").add_argument
     for constant in method.constants().values():
         if constant.kind is bool:
-            add(constant.flag, action="store_true", help=constant.help)
+            add(constant.flag, action=argparse.BooleanOptionalAction, help=constant.help)
             continue
         pair = {"nargs": 2, "metavar": ("LOW", "HIGH")} if constant.pair else {}
         default = options.shown(constant.default) + " or by family" * bool(constant.family)
@@ -151,15 +151,3 @@ def load_teacher(args: argparse.Namespace, checkpoint: Checkpoint, num_classes: 
     teacher = options.create(args, name, num_classes, size, checkpoint.rotations or 4, checkpoint)
     checkpoint.load_into(teacher, args.net)
     return teacher
-
-
-def pair_heads(student: nn.Module, teacher: nn.Module) -> None:
-    """Freeze the student's shallow heads that have none of the teacher's to learn from; print how heads are paired.
-
-    DistributedDataParallel waits for the gradient of every parameter that is trained.
-    """
-    counts = [network.auxiliary_classifier.num_branches for network in (student, teacher)]
-    if counts[0] != counts[1]:
-        student.auxiliary_classifier.freeze(counts[0] - counts[1])
-        heads = f"{counts[0]} auxiliary heads of the student, {counts[1]} of the teacher"
-        print_main(f"{heads}: the {min(counts)} deepest are paired")

@@ -1,5 +1,6 @@
 """What every method is made of: its constants, what it reads of the networks, and the base class `Objective`."""
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -177,8 +178,19 @@ class Objective:
         """Return name -> Constant, in the order in which they are written."""
         found = {}
         for base in reversed(cls.__mro__):
+            found = {name: value for name, value in found.items() if name not in vars(base)}  # a plain value fixes it
             found.update({name: value for name, value in vars(base).items() if isinstance(value, Constant)})
         return found
+
+    def fresh(self) -> "Objective":
+        """Return a copy with a state and trained parts of its own, and the same teacher."""
+        found = copy.copy(self)
+        found.state = {name: value.clone() for name, value in self.state.items()}
+        found.trained = copy.deepcopy(self.trained)
+        return found
+
+    def adapt(self, model: nn.Module) -> None:
+        """Change the network that is to be trained, such as which parts are; called once, before `prepare`."""
 
     def prepare(self, model: nn.Module, images: Tensor, num_images: int = 0) -> None:
         """Build what depends on the networks' shapes; called once before training, with a few `images` (B, C, H, W).

@@ -1,5 +1,6 @@
 """FitNets (Romero et al., ICLR 2015) in RepDistiller's setting: the student imitates one stage of the teacher."""
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,7 +18,8 @@ class FitNet(Imitation):
     feature_weight = Constant(100.0, "weight of the squared error")
 
     def prepare(self, model, images, num_images=0):
-        ours, theirs = (self.chosen(with_features(net, images)) for net in (model, self.teacher))
+        with torch.no_grad():
+            ours, theirs = (self.chosen(with_features(net, images)) for net in (model, self.teacher))
         self.trained["regressor"] = nn.Conv2d(ours.shape[1], theirs.shape[1], 1)
 
     def imitation(self, student, teacher, batch):

@@ -3,6 +3,8 @@
 import options
 from losses import kl
 from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired, rotations_of
+from models.auxiliary import AuxiliaryClassifier
+from utils import print_main, unwrap
 
 
 class HSAKD(Objective):
@@ -14,6 +16,22 @@ class HSAKD(Objective):
 
     temperature = Constant(3.0, "temperature", options.above_zero, "--kd_T")
     standardize = STANDARDIZE
+
+    def adapt(self, model):
+        """Freeze the student's shallow heads that have none of the teacher's to learn from, and say so.
+
+        DistributedDataParallel waits for the gradient of every parameter that is trained.
+        """
+        networks = unwrap(model), getattr(self.teacher, "network", self.teacher)
+        heads = [getattr(network, "auxiliary_classifier", None) for network in networks]
+        if not all(isinstance(part, AuxiliaryClassifier) for part in heads):
+            return
+        ours, theirs = (part.num_branches for part in heads)
+        if ours != theirs:
+            heads[0].freeze(ours - theirs)
+            print_main(
+                f"{ours} heads of the student, {theirs} of the teacher: the {min(ours, theirs)} deepest are paired"
+            )
 
     def step(self, model, batch):
         rotations = rotations_of(model)

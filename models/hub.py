@@ -50,6 +50,12 @@ def check(name: str) -> None:
     raise ValueError(f"unknown network {name!r}; nearest: {', '.join(f'{library}/{other}' for other in nearest)}")
 
 
+def bare(name: str) -> str:
+    """Return a plain network's name without library, folder or the tag of weights: one network has several names."""
+    library, _, last = name.rpartition("/")
+    return last.partition(".")[0] if library == "timm" else last
+
+
 def default_size(name: str, size: int | None = None) -> int:
     """Return the image size that a network was made for; `size`, if given, for one that can be built for any size."""
     if is_file(name):

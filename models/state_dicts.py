@@ -34,7 +34,8 @@ def find(content: dict, key: str | None = None) -> tuple[dict, str | None]:
     if key in found:
         return found[key], None
     names = {name: WRAPPERS.sub("", name) for name in found[known[0]] if isinstance(name, str)}
-    part = {bare[len(key) + 1 :]: found[known[0]][n] for n, bare in names.items() if bare.startswith(f"{key}.")}
+    bare = WRAPPERS.sub("", key) + "."
+    part = {name.removeprefix(bare): found[known[0]][key] for key, name in names.items() if name.startswith(bare)}
     if not part:
         raise ValueError(f"holds no weights under {key!r}, but under {', '.join(map(repr, found))}")
     return part, None
@@ -54,17 +55,17 @@ def tensor_dicts(content: dict, prefix: str = "") -> dict[str, dict]:
 def clean(state: dict) -> tuple[dict[str, Tensor], list[str]]:
     """Return the weights of a state dict without wrappers' prefixes, and the names of counters that are left out.
 
-    ValueError if a weight is not finite.
+    ValueError if a weight is NaN.
     """
     weights, counters = {}, []
     for name, value in state.items():
         if not isinstance(name, str) or not torch.is_tensor(value):
             continue
-        key = DENSENETS.sub(r"\1\2.", WRAPPERS.sub("", name))
+        key = WRAPPERS.sub("", name)
         if COUNTERS.search(key):
             counters.append(key)
-        elif value.is_floating_point() and not value.float().isfinite().all():
-            raise ValueError(f"{key} holds values that are not finite")
+        elif value.is_floating_point() and value.isnan().any():
+            raise ValueError(f"{key} holds values that are not numbers")
         else:
             weights[key] = value
     return weights, counters
@@ -90,8 +91,8 @@ def widths(state: dict[str, Tensor], num_classes: int | None = None) -> tuple[in
     # SqueezeNet's classifier is a 1 x 1 convolution.
     matrices = {key: value for key, value in own.items() if value.dim() == 2} or own
     plain = [key for key in matrices if HEAD_WEIGHT.search(key)] or list(matrices)
-    # The outermost one: safetensors sorts its keys, and layers within blocks may have the same names.
-    plain = [key for key in plain if key.count(".") == min(key.count(".") for key in plain)]
+    if list(state) == sorted(state):  # safetensors: the last key need not be the last layer, the outermost may
+        plain = [key for key in plain if key.count(".") == min(key.count(".") for key in plain)]
     classes = num_classes or (len(matrices[plain[-1]]) if plain else 0)
     if not classes:
         raise ValueError("holds no classifier")
@@ -109,6 +110,8 @@ def part_of(state: dict[str, Tensor], expected: dict[str, Tensor], net: int = 1)
     state = {k: v for k, v in state.items() if k in expected or not LIBRARY_HEADS.match(k)}
     if not any(".module." in key for key in expected):  # PyTorch's ImageNet example wraps the features of a VGG alone
         state = {key.replace(".module.", "."): value for key, value in state.items()}
+    renamed = {key: DENSENETS.sub(r"\1\2.", key) for key in state if key not in expected}
+    state = {key if renamed.get(key) not in expected else renamed[key]: value for key, value in state.items()}
     shared = os.path.commonprefix([key.split(".") for key in state])
     common = [".".join(shared[:count]) + "." for count in range(1, len(shared) + 1)]
     for prefix in ("", f"net{net}.", "backbone.", f"net{net}.backbone.", *common):

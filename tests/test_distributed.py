@@ -154,6 +154,19 @@ def test_a_student_of_more_heads_than_its_teacher(tmp_path):
     spawn(rank_with_more_heads, str(tmp_path))
 
 
+def rank_of_an_own_group(rank, folder):
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    world = distributed.setup()
+    assert (world.rank, world.size) == (rank, 2)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_group_of_the_users_own_is_joined(tmp_path):
+    mp.spawn(rank_of_an_own_group, (str(tmp_path),), nprocs=2)
+
+
 STUDENT = ("train_student_cifar", "--tarch", "resnet8_aux", "--arch", "resnet8_aux", "--tcheckpoint", "{0}/teacher.pth")
 FOLDERS = ("--dataset", "imagefolder", "--data", "{0}/two")
 BASELINE = ("train_baseline_cifar", "--arch", "resnet8")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import methods
 import models
@@ -196,6 +196,97 @@ def test_a_look_at_the_stages_leaves_statistics_as_they_are():
     student, teacher = models.create("resnet8", 4), models.create("resnet8", 4)
     Trainer(student, methods.FitNet(teacher), train=loader(8), test=loader(8), epochs=1, amp="off")
     assert student.bn1.num_batches_tracked == 0
+
+
+def test_hsakd_freezes_heads_without_a_partner():
+    student, teacher = models.create("mobilenetV2_aux", 4), models.create("resnet8_aux", 4)
+    Trainer(student, methods.HSAKD(teacher), train=loader(8), test=loader(8), epochs=1, amp="off")
+    heads = student.auxiliary_classifier.named_parameters()
+    trained = {name.partition(".")[0][-1] for name, weight in heads if weight.requires_grad}
+    assert trained == {"2", "3", "4"}
+
+
+class Viewing(Small):
+    """A network that flattens by `view`, as older tutorials do: an error on channels-last features."""
+
+    def forward(self, images):
+        features = self.conv(images)
+        return self.fc(features.view(len(images), 8, -1).mean(2))
+
+
+def test_a_network_that_cannot_take_channels_last(monkeypatch):
+    common = {"train": loader(8), "test": loader(8), "epochs": 1, "amp": "bf16"}
+    assert Trainer(Small(), methods.Supervised(), **common).layout == torch.channels_last
+    for student, teacher in ((Viewing(), Small()), (Small(), Viewing())):
+        Trainer(student, methods.KD(teacher), **common).fit()
+
+
+def test_a_mask_of_minus_infinity_is_no_divergence(tmp_path):
+    network = Small()
+    network.register_buffer("mask", torch.tensor(-torch.inf))
+    common = {"train": loader(8), "test": loader(8), "epochs": 1, "amp": "off"}
+    Trainer(network, methods.Supervised(), **common, folder=tmp_path).fit()
+    utils.load_weights(network, tmp_path / "Small.pth.tar")
+
+
+def test_an_objective_serves_several_runs():
+    """Each has a state of its own, and the teacher stays as it is."""
+    student, teacher = models.create("resnet8_aux", 4, rotations=1), models.create("resnet8", 4)
+    objective = methods.DPCD(teacher)
+    for amp in ("bf16", "off"):
+        Trainer(student, objective, train=loader(8), test=loader(8), epochs=1, amp=amp).fit()
+        assert (
+            objective.state["count"] == 0 and objective.teacher is teacher and teacher.fc.weight.dtype == torch.float32
+        )
+
+
+class Counting(DataLoader):
+    """A loader with a counter of its own."""
+
+    epoch = 0
+
+
+def test_a_loaders_own_attributes_do_no_harm():
+    common = {"test": loader(8), "epochs": 2, "amp": "off"}
+    Trainer(Small(), methods.Supervised(), train=loader(8, kind=Counting), **common).fit()
+    orders, images = [], TensorDataset(torch.randn(16, 3, 8, 8), torch.arange(16) % 4)
+    sampler = DistributedSampler(images, num_replicas=2, rank=0)
+    orders = [list(sampler)]
+    Trainer(Small(), methods.Supervised(), train=DataLoader(images, 4, sampler=sampler), **common).fit()
+    assert list(sampler) != orders[0]  # that of the second epoch
+
+
+def test_a_folder_is_free_after_a_mistake(tmp_path):
+    common = {"train": loader(8), "test": loader(8), "epochs": 1, "amp": "off", "folder": tmp_path}
+    student, teacher = models.create("resnet8", 4), models.create("resnet8", 4)
+    with pytest.raises(utils.UserError, match="stage 5") as kept:
+        Trainer(student, methods.FitNet(teacher, stage=5), **common)
+    Trainer(student, methods.FitNet(teacher), **common).fit()
+    assert kept.traceback
+
+
+@pytest.mark.parametrize("changed", [{"weight_decay": 0.0}, {"nesterov": False}, {"epochs": 3}])
+def test_what_shapes_a_run_is_compared_without_a_command_line(changed, tmp_path):
+    common = {"train": loader(8), "test": loader(8), "amp": "off", "folder": tmp_path, "schedule": lambda progress: 1.0}
+    Trainer(Small(), methods.Supervised(), **common, epochs=2).fit()
+    with pytest.raises(utils.UserError, match=next(iter(changed))):
+        Trainer(Small(), methods.Supervised(), **{**common, "epochs": 2, **changed}, resume=True)
+
+
+def test_a_run_may_go_on_in_another_precision():
+    before = trainer()
+    trainer(amp="fp16").load_state_dict(before.state_dict())
+
+
+def test_a_value_in_a_subclass_fixes_a_constant(tmp_path):
+    class Soft(methods.KD):
+        name, temperature = "soft", 8.0
+
+    assert Soft(network()).temperature == 8.0 and "temperature" not in Soft.constants()
+    code = "from methods import *\nclass Own(KD):\n    name = 'own'\n    warm = Constant(True, 'x', kind=bool)\n"
+    (tmp_path / "own.py").write_text(code)
+    own = ("train_student_cifar", "--method", tmp_path / "own.py")
+    assert [constants(*own, *words)["warm"] for words in ((), ("--no-warm",))] == [True, False]
 
 
 def test_dpcd_refuses_heads_of_rotations():

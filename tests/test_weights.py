@@ -155,6 +155,7 @@ def test_a_file_of_student_and_teacher(nested, path):
     one = {"model": prefixed("module.", one), "epoch": 1}  # as mdistiller saves both
     torch.save({"student": student, "teacher": teacher} if nested else one, path)
     assert_same(loaded(path, key="student"), student)
+    assert_same(loaded(path, key="student" if nested else "module.student"), student)
     assert_same(loaded(path, "resnet14", "teacher"), teacher)
     refused(path)
 

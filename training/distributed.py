@@ -22,6 +22,10 @@ def setup(gpu_id: str | None = None, backend: str | None = None) -> World:
     `gpu_id` is a list such as "0,1" of the GPUs of this machine; `backend` is "nccl", "gloo" or None for what suits the
     device. Raises UserError for GPUs that are not there.
     """
+    if dist.is_initialized() and "RANK" not in os.environ:  # a group that the user has made
+        gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        return World(dist.get_rank(), dist.get_world_size(), device)
     rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     world = World(rank, max(size, 1), pick_device(gpu_id, local_rank, max(size, 1)))
     if "RANK" in os.environ and not dist.is_initialized():

@@ -95,8 +95,8 @@ class RunFolder:
         if not resume:
             raise UserError(f"{self.path} already holds a run: continue it with --resume or name this one with --tag")
         settings = read_json(self.arguments) or {}
-        # A cosine ends with the last epoch, so their number shapes the whole run.
-        fixed = {"epochs"} if self.settings.get("schedule") == "cosine" else set()
+        # Other schedules end with the last epoch, so their number shapes the whole run.
+        fixed = {"epochs"} if self.settings.get("schedule") not in (None, "multistep") else set()
         free = (FREE_ARGUMENTS | ROUNDING_ARGUMENTS) - fixed | set(self.settings.get("override") or ())
         changed = differences(settings, self.settings, free)
         if changed:

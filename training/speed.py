@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import models
+
 
 def inference_copy(teacher: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
     """Return a frozen copy of a teacher with the weights that autocast to `dtype` would convert in every step."""
@@ -17,6 +19,25 @@ def inference_copy(teacher: nn.Module, dtype: torch.dtype, layout: torch.memory_
         if type(module) in (nn.Conv2d, nn.Linear):  # a subclass may need float32
             module.to(dtype)
     return network
+
+
+def take_channels_last(networks: Iterable[nn.Module], batches: Iterable) -> bool:
+    """Return whether networks run on channels-last images, tried on a few of `batches`; this project's own do.
+
+    `view` across such an image's channels is an error, as are weights of five dimensions.
+    """
+    others = [net for net in networks if not any(isinstance(part, models.Backbone) for part in net.modules())]
+    if not others:
+        return True
+    images = next(iter(batches))[0][:2].to(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():
+            for network in others:
+                device = next(network.parameters(), images).device
+                copy.deepcopy(network).eval().to(memory_format=torch.channels_last)(images.to(device))
+    except RuntimeError:
+        return False
+    return True
 
 
 def keep_memory() -> None:

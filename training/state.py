@@ -8,7 +8,7 @@ import imagesets
 import utils
 from models import state_dicts
 from training import distributed, launch
-from training.optim import load_state
+from training.optim import DEFAULTS, load_state
 from training.precision import type_name
 from training.run_folder import FREE_ARGUMENTS, json_form
 from utils import Checkpoint, UserError, print_main
@@ -32,7 +32,10 @@ def default_settings(trainer: "Trainer") -> dict[str, Any]:
     """Return the settings of a Trainer that is made without a command line, which a resumed run must share."""
     names = ("lr", "weight_decay", "momentum", "nesterov", "milestones", "warmup", "seed", "optimizer", "schedule")
     settings = {name: getattr(trainer, name) for name in (*names, "epochs", "ema_decay")}
-    settings |= {name: getattr(trainer.objective, name) for name in trainer.objective.constants()}
+    by_name = DEFAULTS.get(trainer.optimizer, {}) if isinstance(trainer.optimizer, str) else {}
+    settings |= {name: value for name, value in by_name.items() if settings[name] is None}
+    objective = trainer.objective
+    settings |= {name: getattr(objective, name) for name in ("label_smoothing", *objective.constants())}
     named = {name: getattr(v, "__qualname__", type(v).__name__) if callable(v) else v for name, v in settings.items()}
     return {"method": trainer.objective.name, **json_form(named)}
 
@@ -91,7 +94,8 @@ def load(trainer: "Trainer", state: dict[str, Any]) -> None:
     """Copy a state into the Trainer's own tensors; ValueError or KeyError if it does not fit."""
     state_dicts.load(utils.unwrap(trainer.model), state["net"])
     load_state(trainer.step.optimizer, trainer.factory, state["optimizer"])
-    trainer.step.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # a run in another precision has none
+        trainer.step.scaler.load_state_dict(state["scaler"])
     trainer.objective.load_state_dict(state["objective"])
     if trainer.ema:
         trainer.ema.load_state_dict(state)
@@ -106,8 +110,8 @@ def load(trainer: "Trainer", state: dict[str, Any]) -> None:
 
 def check_images(trainer: "Trainer", saved: Checkpoint) -> None:
     """Raise UserError unless a run's test images are read as when its weights were trained."""
-    now, then = json_form(trainer.info), json_form(imagesets.recorded(saved.info))
-    other = [f"{name} {value} -> {now.get(name)}" for name, value in then.items() if value != now.get(name)]
+    now, then = (json_form(imagesets.recorded(info)) for info in (trainer.info, saved.info))
+    other = [f"{name} {then[name]} -> {value}" for name, value in now.items() if name in then and value != then[name]]
     if other:
         raise UserError(f"{saved.path}: trained on images that are read otherwise ({', '.join(other)})")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
 
 from methods import Batch, Objective
 from training import speed
@@ -44,7 +45,7 @@ class TrainingStep:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = trainer.factory(trained)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16)
-        if self.scaler.is_enabled() and isinstance(self.optimizer, torch.optim.SGD):
+        if self.scaler.is_enabled() and self.optimizer.defaults.get("momentum") and isinstance(self.optimizer, SGD):
             # A fused first step that the scaler skips would leave momentum that nothing has written.
             for parameter in trained:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -87,9 +88,9 @@ class TrainingStep:
 
     def parts(self, batch: Batch) -> list[Batch]:
         """Return the parts of a batch, on the device and in the layout of the networks."""
-        device = self.world.device
-        images = batch.images.to(device, memory_format=self.layout, non_blocking=True)
-        batch = batch._replace(images=images, labels=batch.labels.to(device, non_blocking=True))
+        device, overlaps = self.world.device, self.world.device.type == "cuda"  # Apple's GPUs may read freed memory
+        images = batch.images.to(device, memory_format=self.layout, non_blocking=overlaps)
+        batch = batch._replace(images=images, labels=batch.labels.to(device, non_blocking=overlaps))
         size = math.ceil(len(images) / self.accumulate)
         return [batch.rows(slice(start, start + size)) for start in range(0, len(images), size)]
 

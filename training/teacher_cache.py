@@ -203,7 +203,7 @@ def computed(cache: TeacherCache, trainer: "Trainer", batches: Iterable[Tensor])
     for images, index, view in trainer.train.read_views(blocks):  # without images that cannot be read
         at = (view * cache.count + index).cpu().numpy()
         parts = [part.to(cache.dtype).reshape(len(index), -1) for part in teacher_parts(trainer, images)]
-        values = torch.cat(parts, dim=1).to("cpu", non_blocking=True)
+        values = torch.cat(parts, dim=1).to("cpu", non_blocking=images.is_cuda)
         copied = torch.cuda.current_stream().record_event() if images.is_cuda else None
         yield from last
         last = [(at, values.view(torch.int16) if cache.dtype == torch.bfloat16 else values, copied)]

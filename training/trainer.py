@@ -12,7 +12,7 @@ from torch import nn
 
 import utils
 from methods import Batch, Objective
-from training import distributed, launch, start, state, teacher_cache
+from training import distributed, launch, speed, start, state, teacher_cache
 from training.ema import Average
 from training.metrics import Totals, best_line, evaluate, is_finite, peak_memory, summary
 from training.optim import Factory, optimizer_factory, rate_factor, set_rate
@@ -69,6 +69,7 @@ class Trainer:
 
     def __post_init__(self):
         self.world = self.world or distributed.setup()
+        self.objective = self.objective.fresh()  # the state of this run is its own
         self.milestones = tuple(self.milestones)
         if callable(self.schedule) and (self.milestones or self.warmup):
             raise ValueError("milestones and warmup belong to schedules by name; a callable sets its own")
@@ -80,12 +81,21 @@ class Trainer:
         self.arch = getattr(self.model, "arch", type(self.model).__name__)
         self.run = RunFolder(self.folder, self.arch, self.settings) if self.folder else None
         self.epoch, self.step_in_epoch, self.last_top1 = 0, 0, None
-        self.resumable = hasattr(self.train, "epoch")  # at any step of an epoch
+        self.resumable = callable(getattr(self.train, "epoch", None))  # at any step of an epoch
         self.best = {"epoch": 0, "value": -1.0, "top1": None, "net": None}
         self.totals = Totals(self.world.device)
         teacher = self.objective.teacher
         self.teacher_digest = utils.digest(teacher.state_dict()) if isinstance(teacher, nn.Module) else None
         distributed.check_same(state.shaping(self), self.world)
+        try:
+            self.begin()
+        except BaseException:  # else a corrected call in a notebook would find the folder in use
+            if self.run:
+                self.run.close()
+            raise
+
+    def begin(self) -> None:
+        """Claim the run folder, build what trains the networks, and resume or test what the run starts from."""
         saved = state.claim(self) if self.run and not self.evaluate else None
         self.precision = self.precision_of(saved)
         self.build()
@@ -108,14 +118,17 @@ class Trainer:
         device, objective = self.world.device, self.objective
         # A CPU's channels-last BatchNorm sums with a larger error: float32 asked for by name takes the other layout.
         exact = device.type == "cpu" and self.amp == "off"
-        self.layout = torch.contiguous_format if exact else torch.channels_last
+        networks = [part for part in (self.model, objective.teacher) if isinstance(part, nn.Module)]
+        plain = exact or not speed.take_channels_last(networks, self.test)
+        self.layout = torch.contiguous_format if plain else torch.channels_last
         self.model.to(device, memory_format=self.layout)
         objective.to(device)
+        objective.adapt(self.model)
         if type(objective).prepare is not Objective.prepare:
             self.model.eval()  # a look at its features leaves BatchNorm's statistics as they are
             count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
             try:
-                objective.prepare(self.model, next(iter(self.train))[0].to(device), count)
+                objective.prepare(self.model, next(iter(self.train))[0][:2].to(device), count)
             except ValueError as error:  # networks that it cannot teach
                 raise UserError(f"{objective.name}: {error}") from None
             objective.to(device)
@@ -201,6 +214,9 @@ class Trainer:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of `epoch` that are left, as an objective takes them."""
+        sampler = getattr(self.train, "sampler", None)
+        if hasattr(sampler, "set_epoch"):  # DistributedSampler
+            sampler.set_epoch(epoch)
         left = self.train.epoch(epoch, self.step_in_epoch) if self.resumable else iter(self.train)
         for item in left:
             index = item[2] if len(item) > 2 else None
