@@ -245,7 +245,7 @@ class Checkpoint:
         model.source = {"path": str(self.path), "acc": self.recorded.get("recorded_acc"), "own": bool(self.info)}
         with contextlib.suppress(ValueError, AttributeError, TypeError):  # a name that is not known here
             theirs, ours = (models.backbone_name(arch, net) for arch in (self.arch, model.arch))
-            if hub.bare(theirs) != hub.bare(ours):  # mobilenetV2's weights fit mobilenetV2_s2
+            if hub.base_name(theirs) != hub.base_name(ours):  # mobilenetV2's weights fit mobilenetV2_s2
                 raise UserError(f"{self.path}: weights of {theirs}, not of {ours}")
 
 

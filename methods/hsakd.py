@@ -3,6 +3,7 @@
 import options
 from losses import kl
 from methods.base import STANDARDIZE, Constant, Objective, Outputs, check_heads, paired, rotations_of
+from models.adapted import Adapted
 from models.auxiliary import AuxiliaryClassifier
 from utils import print_main, unwrap
 
@@ -22,7 +23,7 @@ class HSAKD(Objective):
 
         DistributedDataParallel waits for the gradient of every parameter that is trained.
         """
-        networks = unwrap(model), getattr(self.teacher, "network", self.teacher)
+        networks = unwrap(model), self.teacher.network if isinstance(self.teacher, Adapted) else self.teacher
         heads = [getattr(network, "auxiliary_classifier", None) for network in networks]
         if not all(isinstance(part, AuxiliaryClassifier) for part in heads):
             return

@@ -50,7 +50,7 @@ def check(name: str) -> None:
     raise ValueError(f"unknown network {name!r}; nearest: {', '.join(f'{library}/{other}' for other in nearest)}")
 
 
-def bare(name: str) -> str:
+def base_name(name: str) -> str:
     """Return a plain network's name without library, folder or the tag of weights: one network has several names."""
     library, _, last = name.rpartition("/")
     return last.partition(".")[0] if library == "timm" else last

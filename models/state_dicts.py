@@ -33,9 +33,9 @@ def find(content: dict, key: str | None = None) -> tuple[dict, str | None]:
         return found[chosen], chosen if ema else None
     if key in found:
         return found[key], None
-    names = {name: WRAPPERS.sub("", name) for name in found[known[0]] if isinstance(name, str)}
-    bare = WRAPPERS.sub("", key) + "."
-    part = {name.removeprefix(bare): found[known[0]][key] for key, name in names.items() if name.startswith(bare)}
+    weights = {WRAPPERS.sub("", name): value for name, value in found[known[0]].items() if isinstance(name, str)}
+    prefix = WRAPPERS.sub("", key) + "."
+    part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if not part:
         raise ValueError(f"holds no weights under {key!r}, but under {', '.join(map(repr, found))}")
     return part, None
@@ -55,7 +55,7 @@ def tensor_dicts(content: dict, prefix: str = "") -> dict[str, dict]:
 def clean(state: dict) -> tuple[dict[str, Tensor], list[str]]:
     """Return the weights of a state dict without wrappers' prefixes, and the names of counters that are left out.
 
-    ValueError if a weight is NaN.
+    ValueError if a weight is not finite.
     """
     weights, counters = {}, []
     for name, value in state.items():
@@ -64,8 +64,8 @@ def clean(state: dict) -> tuple[dict[str, Tensor], list[str]]:
         key = WRAPPERS.sub("", name)
         if COUNTERS.search(key):
             counters.append(key)
-        elif value.is_floating_point() and value.isnan().any():
-            raise ValueError(f"{key} holds values that are not numbers")
+        elif value.is_floating_point() and not value.float().isfinite().all():
+            raise ValueError(f"{key} holds values that are not finite")
         else:
             weights[key] = value
     return weights, counters

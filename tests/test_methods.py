@@ -198,6 +198,12 @@ def test_a_look_at_the_stages_leaves_statistics_as_they_are():
     assert student.bn1.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("method", [methods.DIST, methods.CRD, methods.DPCD])
+def test_terms_of_whole_batches_are_not_computed_in_parts(method):
+    with pytest.raises(utils.UserError, match="whole batches"):
+        Trainer(Small(), method(Small()), train=loader(8), test=loader(8), epochs=1, accumulate=2)
+
+
 def test_hsakd_freezes_heads_without_a_partner():
     student, teacher = models.create("mobilenetV2_aux", 4), models.create("resnet8_aux", 4)
     Trainer(student, methods.HSAKD(teacher), train=loader(8), test=loader(8), epochs=1, amp="off")
@@ -219,14 +225,6 @@ def test_a_network_that_cannot_take_channels_last(monkeypatch):
     assert Trainer(Small(), methods.Supervised(), **common).layout == torch.channels_last
     for student, teacher in ((Viewing(), Small()), (Small(), Viewing())):
         Trainer(student, methods.KD(teacher), **common).fit()
-
-
-def test_a_mask_of_minus_infinity_is_no_divergence(tmp_path):
-    network = Small()
-    network.register_buffer("mask", torch.tensor(-torch.inf))
-    common = {"train": loader(8), "test": loader(8), "epochs": 1, "amp": "off"}
-    Trainer(network, methods.Supervised(), **common, folder=tmp_path).fit()
-    utils.load_weights(network, tmp_path / "Small.pth.tar")
 
 
 def test_an_objective_serves_several_runs():

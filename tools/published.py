@@ -39,6 +39,7 @@ def label_of(args: dict) -> Label:
     return Label(script, f"{tarch} -> {arch}" if tarch else arch, method, data)
 
 
+@functools.cache
 def source_args(path: str) -> dict:
     """Return the arguments of the run that wrote the weights at `path`: from its args.json, the file, or the path."""
     known = read_json(Path(path).parent / "args.json")

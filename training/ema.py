@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -22,16 +23,15 @@ class Average:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float):
         model = unwrap(model)
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        self.top1: float | None = None  # of the last test, in percent
-        optimizer.register_step_post_hook(lambda *_: self.update(model))
+        average = get_ema_multi_avg_fn(decay)
 
-    def update(self, model: nn.Module) -> None:
-        """Average the present weights in; counts and indices, which have no average, are the present ones."""
-        self.averaged.update_parameters(model)
-        for own, present in zip(self.averaged.module.buffers(), model.buffers(), strict=True):
-            if not own.is_floating_point():  # rounded down by AveragedModel, an index would be another one
-                own.copy_(present)
+        def averaged(own: list[Tensor], present: list[Tensor], count: Tensor | int) -> None:
+            """Take tensors of one type; counts and indices, which it would round down, have no average."""
+            average(own, present, count) if own[0].is_floating_point() else torch._foreach_copy_(own, present)
+
+        self.averaged = AveragedModel(model, multi_avg_fn=averaged, use_buffers=True)
+        self.top1: float | None = None  # of the last test, in percent
+        optimizer.register_step_post_hook(lambda *_: self.averaged.update_parameters(model))
 
     def test(self, trainer: "Trainer") -> dict[str, float]:
         """Return the flat record of an epoch's tests: `val/ema_top1` if images are held out, and `test/ema_top1`."""

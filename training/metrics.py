@@ -65,8 +65,7 @@ class Totals:
 
 def is_finite(model: nn.Module, totals: Totals) -> bool:
     """Return whether the weights, and the mean loss in `totals`, are finite."""
-    values = [value.isfinite().all() for value in model.parameters() if value.requires_grad]
-    values += [~value.isnan().any() for value in model.buffers()]  # a mask may hold -inf
+    values = [value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()]
     # The scaler of float16 skips steps that are not finite: there the loss shows it.
     return math.isfinite(totals.means()["loss"]) and bool(torch.stack(values).all())
 
