@@ -37,8 +37,7 @@ def main(args, world):
     checkpoint = utils.Checkpoint(args.student_weights, args.weights_key, args.arch)
     num_classes, rotations = checkpoint.widths
     args.arch = options.named(args.arch, checkpoint, args.net)
-    own = options.own_statistics if "dataset" in checkpoint.info else options.own_reading
-    recorded = {**own(args.arch), **imagesets.recorded(checkpoint.info)}
+    recorded = {**options.own_reading(args.arch, checkpoint.info), **imagesets.recorded(checkpoint.info)}
     images = imagesets.load_test(**{**recorded, **options.test_settings(args)}, world=world)
     network = options.create(args, args.arch, num_classes, images.size, rotations or 4, checkpoint)
     checkpoint.load_into(network, args.net)

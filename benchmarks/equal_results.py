@@ -4,7 +4,8 @@
         --dataset imagefolder --data CIFAR10 --epochs 4 --milestones 3 --limit-batches 100
 
 All flags but --seeds are train_student_cifar.py's, which trains the one student of each seed; the other is trained by
-the reference loop of step.py: float32, NCHW, eager, PIL transforms image by image.
+the reference loop of step.py: float32, NCHW, eager, PIL transforms image by image. That one reads the rate, milestones,
+epochs and batch size, and takes SGD and crops with a padding of 4 as published.
 """
 
 import argparse
@@ -17,8 +18,10 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import options
 import train_student_cifar
+from imagesets.augment import CropFlip
 from training import Trainer, launch, metrics
 from training.optim import rate_factor, set_rate
+from utils import UserError
 
 
 def parse_args(argv=None):
@@ -32,6 +35,8 @@ def parse_args(argv=None):
 def reference(args, networks, settings):
     """Train as the published scripts do; return the last epoch's top-1 on the test images."""
     train, device = settings["train"], settings["world"].device
+    if train.augmentation != CropFlip(train.size, 4, train.image_set.flip):
+        raise UserError("these images are not augmented by the published crop with a padding of 4 pixels")
     images, count = train.image_set, min(len(train) * train.batch_size, train.num_images)
     sampler = RandomSampler(images.labels, num_samples=count)
     loader = DataLoader(PublishedImages(images), train.batch_size, sampler=sampler)

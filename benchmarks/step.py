@@ -8,8 +8,9 @@ reference: float32, NCHW, eager, PIL transforms image by image without workers, 
 default:   the Trainer's own epoch over its own batches; compile, stored-compile: with --compile.
 stored:    with the teacher's outputs of --teacher-cache; memory: with outputs that cost nothing, which bounds that.
 filling:   the outputs are stored, which takes augmentation, teacher and disk; inference: the teacher's outputs alone.
-The images are synthetic. Each path has a process of its own, unless torchrun starts several: what the Trainer does to
-the memory allocator would help the reference too. Ratios compare rounds that follow each other.
+The images are synthetic. Each path has a process of its own, unless torchrun starts several, which is for `default` and
+`compile` alone: what the Trainer does to the memory allocator would help the reference too. Ratios compare rounds that
+follow each other.
 """
 
 import json

@@ -62,11 +62,14 @@ def print_costs(name: str, costs: dict[str, dict[str, int]]) -> None:
     print_main(f"{name}: parameters and multiply-adds, without branches and with each kind: {'; '.join(each)}")
 
 
-def own_reading(name: str) -> dict[str, Any]:
-    """Return how images of a library's own weights are read: mean, std, size and margin; empty for other networks."""
+def own_reading(name: str, info: dict[str, Any]) -> dict[str, Any]:
+    """Return how images of a library's network are read: mean, std, size and margin; empty for other networks.
+
+    `info` is what its weights record of their data set, if they do: then the mean and the std alone are the library's.
+    """
     name = models.backbone_name(name)
-    if not models.is_external(name) or models.is_file(name):
-        return {}
+    if not models.is_external(name) or models.is_file(name) or "dataset" in info:
+        return own_statistics(name)
     return {**own_statistics(name), "size": hub.default_size(name), "margin": hub.margin(name)}
 
 

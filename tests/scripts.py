@@ -3,9 +3,11 @@
 import importlib
 import itertools
 import json
+import re
 import signal
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -81,6 +83,13 @@ def save_teacher(path, name="resnet8_aux", num_classes=10, rotations=4, seed=1):
     torch.manual_seed(seed)
     torch.save({"net": models.create(name, num_classes, rotations).state_dict(), "acc": 0.0, "epoch": 1}, path)
     return path
+
+
+def readme_code(word):
+    """Return the Python block of README.md that holds `word`."""
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    (code,) = (block for block in re.findall("```python\n(.*?)```", text, re.DOTALL) if word in block)
+    return code
 
 
 def log_lines(folder):

@@ -87,6 +87,24 @@ def test_every_head_has_its_curve():
     assert names == ["classes", *(f"head {number}" for number in range(1, 12))]
 
 
+def test_the_curve_of_a_pair_is_that_of_its_better_network(tmp_path):
+    """Not that of the network that was better in an epoch."""
+    line = {"epoch": 1, "test/net1/top1": 60.0, "test/net2/top1": 55.0, "test/net": 1, "test/top1": 60.0}
+    (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+    (found,) = analyse.log_of(SimpleNamespace(path=tmp_path / "pair.pth.tar", best_net=2))
+    assert found["test/top1"] == 55 and found["epoch"] == 1
+
+
+def test_the_map_of_embeddings_shows_every_class(monkeypatch):
+    """Also of a folder, whose images come class by class."""
+    labels = torch.arange(4).repeat_interleave(700)
+    network = Answers("a", torch.zeros(2800, 4), {}, embeddings=torch.rand(2800, 2))
+    monkeypatch.setattr(sections, "TSNE", lambda **_: SimpleNamespace(fit_transform=lambda rows: rows.numpy()))
+    study = SimpleNamespace(labels=labels, classes=list("abcd"), networks=[network], teacher=network)
+    (axes,) = sections.embedding_section(study).pictures[0][0].axes
+    assert [len(dots.get_offsets()) for dots in axes.collections] == [234, 233, 233, 234]
+
+
 def test_networks_are_made_as_recorded_and_see_their_own_normalisation(tmp_path):
     network = models.create("torchvision/shufflenet_v2_x0_5_aux", 10, size=32, branches="light")
     content = {"net": network.state_dict(), "arch": network.arch, "args": {"branches": "light"}}

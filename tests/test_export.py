@@ -11,8 +11,8 @@ from test_cli import flags_read
 
 import imagesets
 import models
-from scripts import run, status
-from tools import exporting
+from scripts import WORLD, parsed, run, status
+from tools import exporting, trained
 
 pytest.importorskip("onnxruntime")
 import onnxruntime  # noqa: E402
@@ -165,6 +165,15 @@ def test_8_bits_keep_nine_of_ten_decisions(tmp_path, capsys):
     assert accuracies == pytest.approx([expected[0], *expected], abs=0.01) and expected[0] > 80
     sizes = [(tmp_path / name).stat().st_size for name in ("net.onnx", "net_int8.onnx")]
     assert sizes[1] < sizes[0] / 2 and (tmp_path / "net_int8.onnx.json").exists()
+
+
+def test_test_images_are_labelled_in_the_order_of_the_classes_given(tmp_path):
+    torch.save(models.create("resnet8", 3).state_dict(), tmp_path / "foreign.pth")
+    (tmp_path / "names.txt").write_text("c\na\nb\n")
+    reading = ("--arch", "resnet8", "--image-size", 32, "--mean", 0.5, "--std", 0.5)
+    words = ("--weights", tmp_path / "foreign.pth", *reading, "--class-names", tmp_path / "names.txt", "--output", "a")
+    network = trained.load(parsed("export", *words), WORLD)
+    assert network.classes == network.settings["class_names"] == ["c", "a", "b"]
 
 
 def mistakes(weights, tmp_path):

@@ -14,7 +14,7 @@ import methods
 import models
 import train_student_cifar
 import utils
-from scripts import QUICK, QUICK_RUN, checkpoint, log_lines, parsed, run, same, save_teacher, status
+from scripts import QUICK, QUICK_RUN, checkpoint, log_lines, parsed, readme_code, run, same, save_teacher, status
 from training import Trainer, launch
 from training.optim import rate_factor
 
@@ -401,42 +401,20 @@ def test_every_method_trains_is_saved_and_resumes(tmp_path, method):
     assert held >= HELD[method] if method in HELD else not held
 
 
-OWN = """
-import options
-from losses import cross_entropy
-from methods import Objective, Outputs
-from methods.base import Constant, split_outputs
-
-
-class Matching(Objective):
-    "Cross-entropy, and the squared error of the logits."
-
-    name = "matching"
-    reads = "logits"
-    own_flag = Constant(1.0, "weight of the squared error", options.not_negative)
-
-    def step(self, model, batch):
-        teacher, student = self.teach(batch), split_outputs(model(batch.images))
-        error = (student.logits - teacher.logits).square().mean()
-        terms = {"task": cross_entropy(student.logits, batch.labels), "error": self.own_flag * error}
-        return terms, [Outputs(student.logits)]
-"""
-
-
-def test_a_method_in_a_file_of_ones_own(tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(OWN)
+def test_the_method_of_the_readme(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(readme_code("LogitMSE"))
     teacher = save_teacher(tmp_path / "teacher.pth.tar")
     command = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", teacher, *QUICK_RUN)
     command += ("--method", tmp_path / "mine.py", "--checkpoint-dir", tmp_path)
-    assert status("train_student_cifar", *command, "--own-flag", 2, "--beta", 3) == 2
+    assert status("train_student_cifar", *command, "--mse-weight", 2, "--beta", 3) == 2
     assert "--beta" in capsys.readouterr().err
-    assert status("train_student_cifar", *command, "--own-flag", 2) == 0
+    assert status("train_student_cifar", *command, "--mse-weight", 2) == 0
     (folder,) = tmp_path.glob("train_student_cifar*")
-    assert json.loads((folder / "args.json").read_text())["own_flag"] == 2
-    assert {"train/task", "train/error"} <= log_lines(folder)[0].keys()
+    assert json.loads((folder / "args.json").read_text())["mse_weight"] == 2
+    assert {"train/task", "train/logit_mse"} <= log_lines(folder)[0].keys()
     with pytest.raises(SystemExit):
         train_student_cifar.parse_args([str(word) for word in command] + ["--help"])
-    assert "weight of the squared error (default: 1)" in capsys.readouterr().out
+    assert "weight of the squared error (default: 0.1)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["kd", "dkd", "dpcd", "fitnet", "hsakd"])

@@ -111,6 +111,13 @@ def test_a_copy_of_the_teacher_says_it_too(tmp_path):
     assert row["method"] == "hsakd"
 
 
+def test_somebody_elses_plain_teacher_is_no_joint_one(tmp_path):
+    torch.save({"state_dict": {"module.fc.weight": torch.ones(2, 2)}}, tmp_path / "zoo.pth")
+    write_run(tmp_path / "students", "s", [1.0], method="kd", tcheckpoint=str(tmp_path / "zoo.pth"))
+    (row,) = rows_of(tmp_path / "students")
+    assert (row["method"], row["published"]) == ("kd", "75.23±0.23")
+
+
 def test_other_images_of_ones_own_are_rows_of_their_own(tmp_path):
     for seed, count in enumerate((100, 200)):
         images = {"dataset": "imagefolder", "images": count, "size": 32}

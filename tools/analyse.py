@@ -71,7 +71,7 @@ def log_of(checkpoint: Checkpoint) -> list[dict]:
     """Return the epochs of the log beside weights; of a mutual pair the entries of its better network."""
     prefix = f"net{checkpoint.best_net}/"
     log = read_log(Path(checkpoint.path).parent / "log.jsonl")
-    return [{key.replace(prefix, ""): value for key, value in line.items()} for line in log]
+    return [{**line, **{key.replace(prefix, ""): line[key] for key in line if prefix in key}} for line in log]
 
 
 def pictures_of(batches, numbers: set[int]) -> dict:
@@ -90,7 +90,8 @@ def main(args, world) -> None:
     data = args.dataset or students[0].info.get("dataset")
     if data is None:
         raise UserError(f"{args.weights[0]} does not say what it was trained on: name it with --dataset")
-    reading = {**options.own_statistics(name_of(students[0], args.arch)), **imagesets.recorded(students[0].info)}
+    info = students[0].info
+    reading = {**options.own_reading(name_of(students[0], args.arch), info), **imagesets.recorded(info)}
     batches = imagesets.load_test(data, args.data, **reading)
 
     def answers(name: str, checkpoint: Checkpoint, arch: str | None) -> tuple[Answers, Tensor]:

@@ -11,7 +11,7 @@ import options
 from training.run_folder import FREE_ARGUMENTS, read_json, read_log
 from utils import UserError, versions, warn
 
-KEPT = {"epochs", "tcheckpoint"}  # of the arguments that may differ between a run and its resumption
+KEPT = {"epochs", "tcheckpoint", "pretrained_backbone", "overrides", "image_set"}  # of FREE_ARGUMENTS, for report.py
 
 
 def collect(name: str, folder: Path) -> dict:

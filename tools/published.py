@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import models
+from models import state_dicts
 from training.run_folder import read_json
 from utils import UserError, read_file
 
@@ -43,9 +44,12 @@ def label_of(args: dict) -> Label:
 def source_args(path: str) -> dict:
     """Return the arguments of the run that wrote the weights at `path`: from its args.json, the file, or the path."""
     known = read_json(Path(path).parent / "args.json")
-    if known is None and Path(path).is_file():  # a copy of weights
-        with suppress(UserError):
-            known = read_file(path).get("args")
+    if known is None and Path(path).is_file():  # a copy of weights, or somebody else's
+        with suppress(UserError, ValueError):
+            content = read_file(path)
+            known = content.get("args")
+            if not any("auxiliary_classifier" in name for name in state_dicts.find(content)[0]):
+                return {"script": "train_baseline"}
     if isinstance(known, dict):
         return known
     names = re.search(r"(train_\w+?)(?:_tarch_(\w+?))?_arch_(\w+)_dataset_([a-z0-9]+)", path)

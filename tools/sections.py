@@ -88,7 +88,8 @@ def head_section(study: Study) -> Section:
             axes.plot(*curve(student.log, f"test/aux{head}_joint"), "o", color=colour, markersize=4)
         axes.legend(fontsize=8)
         pictures += [(figure, f"Heads of {student.name}.")] if heads else []
-    text = "Each auxiliary head tells class and rotation apart. Lines: in training; dots: in the tests of all heads."
+    text = "A head tells class and rotation apart, or the class alone if it has one rotation. "
+    text += "Lines: in training; dots: in the tests of all heads."
     return Section("Heads over the epochs", text, pictures=pictures)
 
 
@@ -180,7 +181,7 @@ def rotation_section(study: Study) -> Section:
     axes.set_xticks(TURNS)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
-    text = "Auxiliary heads saw rotated images with labels or targets; plain networks never did."
+    text = "Heads of four rotations saw rotated images with labels or targets; plain networks never did."
     table = (["accuracy, %", *(f"{turn}°" for turn in TURNS)], rows)
     return Section("Rotated images", text, [table], [(figure, "Accuracy of the class logits by rotation.")])
 
@@ -204,7 +205,8 @@ def difference_sections(study: Study, pictures_of: Callable[[set[int]], dict]) -
 
 def embedding_section(study: Study) -> Section:
     """Return maps of the embeddings, if there are any, of up to 1,000 images of the first ten classes, by t-SNE."""
-    rows, pictures = (study.labels < 10).nonzero().flatten()[:1000], []
+    rows, pictures = (study.labels < 10).nonzero().flatten(), []
+    rows = rows[:: len(rows) // 1000 + 1]  # the images of a folder come class by class
     for answers in study.networks if study.teacher.embeddings is not None else ():
         reduced = TSNE(random_state=0, perplexity=min(30, len(rows) / 4)).fit_transform(answers.embeddings[rows])
         figure, axes = axes_of(4.2, 4.2, xticks=[], yticks=[])

@@ -106,22 +106,21 @@ def load(args: argparse.Namespace, world: World) -> Trained:
     network = create(arch, len(classes), settings["size"])
     checkpoint.load_into(network, args.net)
     network = network.to(world.device, memory_format=torch.channels_last)
-    return Trained(network, arch, classes, **settings, info=checkpoint.info)
+    named = {"class_names": args.class_names} if args.class_names else {}
+    return Trained(network, arch, classes, **settings, info={**named, **checkpoint.info})
 
 
 def reading(args: argparse.Namespace, checkpoint: Checkpoint, arch: str) -> dict[str, Any]:
     """Return how images are read, the last fields of `Trained`: as flags, the weights or the network's library say."""
     info = checkpoint.info
-    found = options.own_reading(arch)
+    found = options.own_reading(arch, info)
     if "dataset" in info:
         found["margin"] = 256 / 224 if info["dataset"] == "imagenet" else 1.0
     names = ("size", "mean", "std", "resize", "margin", "grey_range")
     found |= {name: value for name, value in imagesets.recorded(info).items() if name in names}
     given = {name: getattr(args, "image_size" if name == "size" else name, None) for name in names}
     found |= {name: value for name, value in given.items() if value is not None}
-    missing = [
-        f"--{flag}" for name, flag in (("size", "image-size"), ("mean", "mean"), ("std", "std")) if name not in found
-    ]
+    missing = [f"--{'image-size' if name == 'size' else name}" for name in names[:3] if name not in found]
     if missing:
         raise UserError(f"{checkpoint.path}: does not say how its images are read: give {', '.join(missing)}")
     return found
