@@ -39,7 +39,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.int8 and (args.format != "onnx" or args.images):
         parser.error("--int8 is for --format onnx and a data set, which calibrates it")
-    args.gpu_id = None
     return args
 
 

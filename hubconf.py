@@ -18,13 +18,11 @@ def _load(name: str, num_classes: int | None = None, rotations: int | None = Non
 
     Classes (else 100) and views (else 4) are those of the file, unless given.
     """
-    checkpoint = None if weights is None else utils.Checkpoint(weights)
-    if checkpoint is not None:
-        num_classes = num_classes or checkpoint.num_classes
-        rotations = rotations or checkpoint.rotations
-    network = models.create(name, num_classes or 100, rotations or 4)
-    if checkpoint is not None:
-        checkpoint.load_into(network)
+    if weights is None:
+        return models.create(name, num_classes or 100, rotations or 4)
+    checkpoint = utils.Checkpoint(weights)
+    network = models.create(name, num_classes or checkpoint.num_classes, rotations or checkpoint.rotations or 4)
+    checkpoint.load_into(network)
     return network
 
 

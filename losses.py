@@ -107,14 +107,12 @@ def dkd(
     return alpha * tckd(student, teacher, labels, temperature) + beta * nckd(student, teacher, labels, temperature)
 
 
-def ced(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 3.0, beta: float = 8.0, eps: float = 1e-8
-) -> Tensor:
+def ced(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 3.0, beta: float = 8.0) -> Tensor:
     """TCKD + beta * T^2 * mean(omega * KL of non-targets) of logits (B, N), mean over rows (DPCD).
 
     The teacher's side of the second part is detached, that of the first is not: it passes gradient to both networks.
     """
-    student, teacher = student.float(), teacher.float()
+    student, teacher, eps = student.float(), teacher.float(), 1e-8
     p_student, p_teacher = (log_two_way(z, labels, temperature).exp() for z in (student, teacher))
     target_part = (p_teacher * (torch.log(p_teacher + eps) - torch.log(p_student + eps))).sum(dim=1)
 

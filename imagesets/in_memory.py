@@ -87,9 +87,9 @@ class Epochs:
         return self.epoch(0)
 
     def views_key(self) -> dict[str, Any]:
-        """Return all that the fixed views depend on."""
+        """Return all that a fixed view depends on."""
         key = {"images": self.image_set.fingerprint(), "size": self.size, "statistics": self.statistics}
-        return {**key, "augmentation": repr(self.augmentation), "views": self.views, "views_seed": self.views_seed}
+        return {**key, "augmentation": repr(self.augmentation), "views_seed": self.views_seed}
 
     def order(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Generator]:
         """Return the order of an epoch's images, the view of each position, if views are fixed, and the generator."""

@@ -38,17 +38,23 @@ def cost(network: nn.Module, size: int) -> dict[str, dict[str, int]]:
 def branch_costs(name: str, num_classes: int, size: int, **options: Any) -> dict[str, dict[str, int]]:
     """Return the `cost` of a library's or a file's `_aux` network: "plain", with "copy" and with "light" branches.
 
-    The networks are built on the meta device, or on the CPU if they read values of tensors while they are built;
-    `options` are those of `models.create`. The random numbers of the process stay where they are.
+    `options` are those of `models.create`.
     """
     found = {}
     for branches in ("copy", "light"):
-        with torch.random.fork_rng(devices=[]):
-            try:
-                with META:
-                    network = models.create(name, num_classes, size=size, **{**options, "branches": branches})
-            except Exception:  # whatever the network's own code raises on meeting a tensor without values
-                network = models.create(name, num_classes, size=size, **{**options, "branches": branches})
-        costs = cost(network.eval(), size)
+        costs = cost(without_values(name, num_classes, size=size, **{**options, "branches": branches}).eval(), size)
         found |= {"plain": costs["backbone"], branches: costs["with_heads"]}
     return found
+
+
+def without_values(*args: Any, **options: Any) -> nn.Module:
+    """Return a network of `models.create` on the meta device, or on the CPU if it reads values while it is built.
+
+    The random numbers of the process stay where they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with META:
+                return models.create(*args, **options)
+        except Exception:  # whatever the network's own code raises on meeting a tensor without values
+            return models.create(*args, **options)

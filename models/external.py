@@ -118,9 +118,9 @@ def attach(
     net: nn.Module,
     stages: Stages,
     num_classes: int,
-    rotations: int = 4,
-    branches: str = "copy",
-    fresh: Callable[[], nn.Module] | None = None,
+    rotations: int,
+    branches: str,
+    fresh: Callable[[], nn.Module] | None,
 ) -> AuxiliaryNet:
     """Return `net` with an auxiliary classifier for its stages; ValueError as `attach_auxiliary`."""
     if branches not in BRANCHES:

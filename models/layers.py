@@ -72,7 +72,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 def init_weights(module: nn.Module, linear_std: float | None = None, linear_bias: bool = True) -> None:
-    """Initialise as the released code: convolutions N(0, 2 / (k * k * out_channels)), BatchNorm 1/0, biases 0.
+    """Initialise a new network as the released code: convolutions N(0, 2 / (k * k * out_channels)), biases 0.
 
     Linear layers keep PyTorch's default weights unless `linear_std` asks for N(0, linear_std^2), and its default biases
     unless they are initialised (`linear_bias`).
@@ -82,11 +82,7 @@ def init_weights(module: nn.Module, linear_std: float | None = None, linear_bias
             # The fan-out does not count groups, unlike nn.init.kaiming_normal_ on a depthwise weight's own shape.
             fan_out = layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels
             nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
-        elif isinstance(layer, nn.BatchNorm2d):
-            nn.init.ones_(layer.weight)
         elif isinstance(layer, nn.Linear) and linear_std is not None:
             nn.init.normal_(layer.weight, std=linear_std)
-        if isinstance(layer, nn.Linear) and not linear_bias:
-            continue
-        if getattr(layer, "bias", None) is not None:
+        if getattr(layer, "bias", None) is not None and (linear_bias or not isinstance(layer, nn.Linear)):
             nn.init.zeros_(layer.bias)

@@ -29,7 +29,6 @@ from utils import Checkpoint, UserError
 
 def parse_args(argv=None):
     parser = options.Parser(__doc__, prog="tools.analyse")
-    parser.set_defaults(gpu_id=None)
     add = parser.add_argument
     add("--weights", type=options.path, nargs="+", required=True, metavar="STUDENT", help="weights of the students")
     add("--teacher", type=options.path, required=True, help="weights of their teacher")

@@ -10,24 +10,13 @@ import argparse
 import warnings
 
 import timm
-import torch
 from torch import nn
 
-import models
-from models.cost import branch_costs
+from models.cost import branch_costs, without_values
 from models.hub import default_size
 from utils import first_line
 
 NUM_CLASSES = 100
-
-
-def create(name: str, **options: str) -> nn.Module:
-    """Return a network on the meta device, or on the CPU if it computes widths with tensors while it is built."""
-    try:
-        with torch.device("meta"):
-            return models.create(name, NUM_CLASSES, **options)
-    except NotImplementedError:
-        return models.create(name, NUM_CLASSES, **options)
 
 
 def shown_taps(network: nn.Module) -> str:
@@ -39,7 +28,7 @@ def shown_taps(network: nn.Module) -> str:
 def survey(name: str) -> str:
     """Return the taps of a network, or why it has none."""
     try:
-        return shown_taps(create(f"timm/{name}_aux"))
+        return shown_taps(without_values(f"timm/{name}_aux", NUM_CLASSES))
     except Exception as error:  # whatever timm's own code raises belongs into the table
         return f"no: {first_line(error)}"
 
@@ -51,7 +40,7 @@ def costs(name: str) -> str:
     numbers = [
         " / ".join(f"{part[key] / 1e6:.2f}" for part in found.values()) for key in ("parameters", "multiply_adds")
     ]
-    return f"| {name} | {size} | {shown_taps(create(f'{name}_aux'))} | {' | '.join(numbers)} |"
+    return f"| {name} | {size} | {shown_taps(without_values(f'{name}_aux', NUM_CLASSES))} | {' | '.join(numbers)} |"
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ def run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.N
         check_launch(args)
         if getattr(args, "multiprocessing_distributed", False) and "RANK" not in os.environ:
             sys.exit(relaunch(args, sys.argv))
-        world = distributed.setup(args.gpu_id, getattr(args, "dist_backend", None))
+        world = distributed.setup(getattr(args, "gpu_id", None), getattr(args, "dist_backend", None))
         main(args, world)
     except SystemExit as stop:
         status = stop.code

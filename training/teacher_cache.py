@@ -40,12 +40,13 @@ class TeacherCache:
     view 0 come first, so a run with more views lengthens the store.
     """
 
-    def __init__(self, root: Path, key: dict, shapes: list[list[int]], count: int, views: int, dtype: torch.dtype):
-        self.key, self.shapes, self.count, self.views, self.dtype = key, shapes, count, views, dtype
+    def __init__(self, root: Path, key: dict, count: int, views: int, dtype: torch.dtype):
+        self.key, self.count, self.views, self.dtype = key, count, views, dtype
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = root / name
         self.outputs, self.marks, self.record = (self.folder / f for f in ("outputs.bin", "marks.bin", "complete.json"))
-        self.row = sum(rows * columns for rows, columns in shapes)
+        self.sizes = [rows * columns for rows, columns in key["shapes"]]
+        self.row = sum(self.sizes)
         self.size = count * views * self.row * dtype.itemsize  # bytes
         self.values: np.memmap | Tensor | None = None
 
@@ -108,8 +109,8 @@ class TeacherCache:
             found = self.values[at]
         else:
             found = torch.from_numpy(self.values[at.cpu().numpy()]).view(self.dtype).to(index.device)
-        parts = found.split([rows * columns for rows, columns in self.shapes], dim=1)
-        logits, *aux = (part.reshape(-1, shape[1]) for part, shape in zip(parts, self.shapes, strict=True))
+        parts = zip(found.split(self.sizes, dim=1), self.key["shapes"], strict=True)
+        logits, *aux = (part.reshape(-1, columns) for part, (_, columns) in parts)
         return Outputs(logits, aux)
 
 
@@ -134,8 +135,8 @@ def find(trainer: "Trainer") -> TeacherCache:
     network = getattr(objective.teacher, "arch", type(objective.teacher).__name__)
     key = {"teacher": trainer.teacher_digest, "network": network, "shapes": [list(part.shape) for part in parts]}
     key |= {"precision": type_name(trainer.precision), "stored": type_name(dtype)}
-    key = json_form({**key, **{name: value for name, value in train.views_key().items() if name != "views"}})
-    cache = TeacherCache(Path(trainer.teacher_cache), key, key["shapes"], train.num_images, train.views, dtype)
+    key = json_form({**key, **train.views_key()})
+    cache = TeacherCache(Path(trainer.teacher_cache), key, train.num_images, train.views, dtype)
     if trainer.world.is_main and not cache.complete():
         cache.check_room()
     return cache
