@@ -1,4 +1,4 @@
-"""What a run starts from: weights of files, suited to its images and classes, and tested before the first step."""
+"""Networks tested without training: what a run starts from, suited to its images and classes, and its best weights."""
 
 import os
 from collections.abc import Iterable
@@ -13,9 +13,10 @@ import options
 from methods import Objective
 from methods.base import split_outputs
 from models.adapted import Adapted, Statistics
-from training.metrics import Totals, class_logits, hits, networks
-from training.precision import autocast
-from utils import Checkpoint, print_main, warn
+from training import state
+from training.metrics import Totals, class_logits, evaluate, hits, networks
+from training.precision import autocast, type_name
+from utils import Checkpoint, UserError, load_weights, print_main, warn
 
 if TYPE_CHECKING:
     from training.trainer import Trainer
@@ -157,3 +158,19 @@ def accuracy(trainer: "Trainer", network: nn.Module, heads: bool) -> tuple[dict[
         totals.add({name: 100 * value for name, value in sums.items()}, len(labels))
     network.train(mode)
     return totals.means(), logits.shape[1]
+
+
+def test_best(trainer: "Trainer") -> dict[str, float]:
+    """Test the run folder's best weights with all heads, print and return the accuracies."""
+    run = trainer.run
+    path = run.best if run.best.exists() else run.last
+    if not path.exists():
+        raise UserError(f"--evaluate: nothing has been trained in {run.path} yet")
+    checkpoint = load_weights(trainer.model, path)
+    state.check_images(trainer, checkpoint)
+    precision = trainer.precision_of(checkpoint)
+    net = checkpoint.best_net if trainer.val is not None else None
+    means = evaluate(trainer.model, trainer.test, trainer.world.device, precision, heads=True, net=net)
+    listed = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+    print_main(f"{path}, {type_name(precision)}: {listed}")
+    return means

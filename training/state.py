@@ -55,9 +55,11 @@ def claim(trainer: "Trainer") -> Checkpoint | None:
     if trainer.world.is_main:
         run.claim(resumed)
     distributed.barrier()
-    if resumed and not run.last.exists():
+    if resumed and run.last.exists():
+        return Checkpoint(run.last, key="net")
+    if resumed:
         print_main(f"--resume: no checkpoint in {run.path} yet, starting from the beginning")
-    return Checkpoint(run.last, key="net") if resumed and run.last.exists() else None
+    return None
 
 
 def state_of(trainer: "Trainer") -> dict[str, Any]:
@@ -78,6 +80,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "versions": utils.versions(),
         "rng": {"torch": torch.get_rng_state()},
         "order": {"seed": trainer.seed, "epoch": trainer.epoch, "step": trainer.step_in_epoch},
+        "seconds": trainer.seconds,
         "objective": trainer.objective.state_dict(),
         "teacher_digest": trainer.teacher_digest,
         "totals": trainer.totals.state_dict() if trainer.step_in_epoch else {},
@@ -103,6 +106,7 @@ def load(trainer: "Trainer", state: dict[str, Any]) -> None:
     before, now = (settings.get("batch_size") for settings in (state["args"], trainer.settings))
     if before and now:  # --override batch_size=N: the images seen so far are those of another number of steps
         trainer.step_in_epoch = trainer.step_in_epoch * before // now
+    trainer.seconds = state.get("seconds", 0.0)
     trainer.totals.load_state_dict(state["totals"], trainer.world.is_main)
     trainer.best, trainer.last_top1 = {name: state["best"][name] for name in trainer.best}, state["acc"]
     torch.set_rng_state(state["rng"]["torch"])

@@ -78,9 +78,10 @@ class Trainer:
         given = {name: getattr(self, name) for name in ("lr", "weight_decay", "momentum", "nesterov")}
         self.factory = optimizer_factory(self.optimizer, **given)
         self.settings = self.settings or state.default_settings(self)
-        self.arch = getattr(self.model, "arch", type(self.model).__name__)
+        model = utils.unwrap(self.model)
+        self.arch = getattr(model, "arch", type(model).__name__)
         self.run = RunFolder(self.folder, self.arch, self.settings) if self.folder else None
-        self.epoch, self.step_in_epoch, self.last_top1 = 0, 0, None
+        self.epoch, self.step_in_epoch, self.seconds, self.last_top1 = 0, 0, 0.0, None  # seconds of an epoch cut short
         self.resumable = callable(getattr(self.train, "epoch", None))  # at any step of an epoch
         self.best = {"epoch": 0, "value": -1.0, "top1": None, "net": None}
         self.totals = Totals(self.world.device)
@@ -119,16 +120,17 @@ class Trainer:
         # A CPU's channels-last BatchNorm sums with a larger error: float32 asked for by name takes the other layout.
         exact = device.type == "cpu" and self.amp == "off"
         networks = [part for part in (self.model, objective.teacher) if isinstance(part, nn.Module)]
-        plain = exact or not speed.take_channels_last(networks, self.test)
-        self.layout = torch.contiguous_format if plain else torch.channels_last
+        layout = speed.common_layout(networks, self.test)
+        self.layout = torch.contiguous_format if exact else layout
         self.model.to(device, memory_format=self.layout)
         objective.to(device)
         objective.adapt(self.model)
         if type(objective).prepare is not Objective.prepare:
             self.model.eval()  # a look at its features leaves BatchNorm's statistics as they are
             count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
+            images = next(iter(self.train))[0][:2].to(device, memory_format=self.layout)
             try:
-                objective.prepare(self.model, next(iter(self.train))[0][:2].to(device), count)
+                objective.prepare(self.model, images, count)
             except ValueError as error:  # networks that it cannot teach
                 raise UserError(f"{objective.name}: {error}") from None
             objective.to(device)
@@ -151,11 +153,10 @@ class Trainer:
         the next step and raises launch.Preempted.
         """
         with contextlib.ExitStack() as stack:
-            for part in (self.train, self.val, self.test, self.run):
-                if hasattr(part, "close"):
-                    stack.callback(part.close)
+            if self.run:
+                stack.callback(self.run.close)
             if self.evaluate:
-                return self.test_best()
+                return start.test_best(self)
             distributed.set_timeout(self.dist_timeout)
             stop = stack.enter_context(launch.StopSignal()) if self.run else None
             log = RunLog(self.run, self.epoch) if self.run and self.world.is_main else None
@@ -170,24 +171,25 @@ class Trainer:
                     self.save(best=self.best["epoch"] == epoch + 1)
                 print_main(summary(record, self.epochs))
         if self.last_top1 is not None:
-            held_out = self.val is not None
-            print_main(best_line(self.best, self.objective.best_by(self.model), held_out, self.last_top1))
+            last = self.ema.top1 if self.ema else self.last_top1
+            print_main(best_line(self.best, self.objective.best_by(self.model), self.val is not None, last))
         return self.best
 
     def one_epoch(self, epoch: int, stop: launch.StopSignal | None) -> dict[str, Any]:
         """Train and test one epoch and return its flat record."""
+        if not self.resumable:  # an epoch cut short, as by Ctrl-C in a notebook, begins anew
+            self.totals, self.step_in_epoch, self.seconds = Totals(self.world.device), 0, 0.0
         began, seen_before = time.perf_counter(), self.totals.count.item()
+        self.began = began - self.seconds
         self.train_epoch(epoch, stop)
         images = (self.totals.count.item() - seen_before) * self.world.size  # this waits for the device as well
         seconds = time.perf_counter() - began
         trained = {f"train/{name}": value for name, value in self.totals.means().items()}
-        self.totals, self.step_in_epoch, self.epoch = Totals(self.world.device), 0, epoch + 1
+        self.totals, self.step_in_epoch, self.seconds, self.epoch = Totals(self.world.device), 0, 0.0, epoch + 1
         rate = self.step.optimizer.param_groups[0]["lr"]
         record = {"epoch": epoch + 1, "lr": rate, **trained, **self.test_epoch(epoch)}
-        record.update(self.ema.test(self) if self.ema else {})
-        self.last_top1 = record["test/top1"]
         # A run resumed after an epoch's last step has trained on nothing in this one.
-        record.update({"images_per_second": images / seconds or None, "seconds": time.perf_counter() - began})
+        record.update({"images_per_second": images / seconds or None, "seconds": time.perf_counter() - self.began})
         record["peak_memory_mib"] = peak_memory(self.world.device)
         return record
 
@@ -236,6 +238,7 @@ class Trainer:
         if not (stopped or late):
             return
         self.check_finite(epoch)
+        self.seconds = time.perf_counter() - self.began
         if self.resumable:
             self.save()
             self.saved_at = time.monotonic()
@@ -261,14 +264,21 @@ class Trainer:
         return found
 
     def test_epoch(self, epoch: int) -> dict[str, Any]:
-        """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals."""
+        """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals.
+
+        The averaged weights are tested, if there are any, as `raw_top1` those that were averaged too.
+        """
         rule = self.objective.best_by(self.model)
         heads = rule == "joint" or (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.epochs
         record = {}
-        for name, means in self.tests(self.model, heads).items():
+        for name, means in self.tests(self.ema.model if self.ema else self.model, heads).items():
             joint = [value for key, value in means.items() if key.endswith("_joint")]
             record.update({f"{name}/{key}": value for key, value in means.items()})
             record.update({f"{name}/joint": max(joint)} if joint else {})
+        self.last_top1 = record["test/top1"]
+        if self.ema:
+            self.ema.top1 = self.last_top1
+            self.last_top1 = record["test/raw_top1"] = self.tests(self.model)["test"]["top1"]
         chosen_on = "test" if self.val is None else "val"
         value = round(record[f"{chosen_on}/{rule}"], 2)  # as the released codes compare them
         if value > self.best["value"]:
@@ -284,17 +294,3 @@ class Trainer:
         if self.world.is_main:
             self.run.save(content, best)
         distributed.barrier()
-
-    def test_best(self) -> dict[str, float]:
-        """Test the run folder's best weights with all heads, print and return the accuracies."""
-        path = self.run.best if self.run.best.exists() else self.run.last
-        if not path.exists():
-            raise UserError(f"--evaluate: nothing has been trained in {self.run.path} yet")
-        checkpoint = utils.load_weights(self.model, path)
-        state.check_images(self, checkpoint)
-        precision = self.precision_of(checkpoint)
-        net = checkpoint.best_net if self.val is not None else None
-        means = evaluate(self.model, self.test, self.world.device, precision, heads=True, net=net)
-        listed = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
-        print_main(f"{path}, {type_name(precision)}: {listed}")
-        return means
