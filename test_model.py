@@ -8,13 +8,11 @@ Reads every layout that `utils.Checkpoint` knows. Rotations and number of classe
 import json
 import time
 
-import torch
-
 import imagesets
 import options
 import utils
 from models.cost import cost
-from training import launch
+from training import launch, speed
 from training.metrics import by_class, confusion, evaluate, table_of
 from training.precision import resolve_precision, type_name
 
@@ -41,7 +39,7 @@ def main(args, world):
     images = imagesets.load_test(**{**recorded, **options.test_settings(args)}, world=world)
     network = options.create(args, args.arch, num_classes, images.size, rotations or 4, checkpoint)
     checkpoint.load_into(network, args.net)
-    network = network.to(world.device, memory_format=torch.channels_last).eval()
+    network = network.to(world.device, memory_format=speed.common_layout([network], images)).eval()
     if len(images.classes) != num_classes:
         classes = f"{num_classes} classes, but {args.dataset} has {len(images.classes)}"
         raise utils.UserError(f"{args.student_weights}: {classes}")

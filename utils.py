@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
+import torchvision
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -76,10 +77,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    import torchvision
-
-    found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    return {name: str(version) for name, version in found.items()}
+    found = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"python": platform.python_version(), **{name: str(version) for name, version in found.items()}}
 
 
 def safe_globals() -> list:
@@ -242,17 +241,18 @@ class Checkpoint:
             own, net = model.state_dict(), net or self.best_net or 1
             part = state_dicts.part_of(self.state, own, net)
             state_dicts.load(model, state_dicts.keep_classifier(part, own, self.num_classes) if renew else part)
-        model.source = {"path": str(self.path), "acc": self.recorded.get("recorded_acc"), "own": bool(self.info)}
+        model.source = {"acc": self.recorded.get("recorded_acc"), "own": bool(self.info)}
         with contextlib.suppress(ValueError, AttributeError, TypeError):  # a name that is not known here
             theirs, ours = (models.backbone_name(arch, net) for arch in (self.arch, model.arch))
-            if hub.base_name(theirs) != hub.base_name(ours):  # mobilenetV2's weights fit mobilenetV2_s2
+            files = models.is_file(theirs) or models.is_file(ours)  # which may be renamed
+            if not files and hub.base_name(theirs) != hub.base_name(ours):  # mobilenetV2's weights fit mobilenetV2_s2
                 raise UserError(f"{self.path}: weights of {theirs}, not of {ours}")
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike, net: int | None = None) -> Checkpoint:
+def load_weights(model: nn.Module, path: str | os.PathLike) -> Checkpoint:
     """Load the file at `path` into `model`, strictly, from any published layout (see Checkpoint); return the file."""
     checkpoint = Checkpoint(path)
-    checkpoint.load_into(model, net)
+    checkpoint.load_into(model)
     return checkpoint
 
 

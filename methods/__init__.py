@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import sys
@@ -14,18 +13,21 @@ from torch import nn
 import models
 import options
 from methods.base import Batch, Constant, Imitation, Objective, Outputs  # noqa: F401
+from models import hub
 from utils import Checkpoint, UserError
 
 
 def defined_in(module: ModuleType) -> type[Objective] | None:
-    """Return the method that a module defines, if it does."""
-    classes = (value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Objective))
-    return next((method for method in classes if method.__module__ == module.__name__), None)
+    """Return the method that a module defines, the last one derived; None if there is none, or no last one."""
+    classes = {value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Objective)}
+    own = {method for method in classes if method.__module__ == module.__name__}
+    last = own - {base for method in own for base in method.__mro__[1:]}
+    return last.pop() if len(last) == 1 else None
 
 
 # Every file of this folder but the base is a method: METHODS by name, and `methods.HSAKD` by class.
 _MODULES = [importlib.import_module(f"methods.{file.name}") for file in pkgutil.iter_modules(__path__)]
-METHODS = {method.name: method for method in map(defined_in, _MODULES) if method not in (None, Objective)}
+METHODS = {method.name: method for method in map(defined_in, _MODULES) if hasattr(method, "name")}
 globals().update({method.__name__: method for method in METHODS.values()})
 
 
@@ -40,15 +42,13 @@ def find(name: str) -> type[Objective]:
         if name not in METHODS:
             raise UserError(f"--method {name}: unknown; there are {', '.join(names())}, or FILE.py, one of your own")
         return METHODS[name]
-    spec = importlib.util.spec_from_file_location("user_method", name)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        found = defined_in(hub.load_file(name))
     except FileNotFoundError:
         raise UserError(f"--method {name}: no such file") from None
-    if defined_in(module) is None:
-        raise UserError(f"--method {name}: defines no subclass of methods.Objective")
-    return defined_in(module)
+    if found is None:
+        raise UserError(f"--method {name}: defines no subclass of methods.Objective, or several that are alike")
+    return found
 
 
 def add_constants(parser: argparse.ArgumentParser, method: type[Objective]) -> None:
@@ -89,7 +89,7 @@ def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = 
         method = find(options.given(argv, "--method", default="hsakd"))
     except UserError as error:
         parser.error(str(error))
-    if method.networks == "pair" or method.reads is None:
+    if method.reads is None:
         parser.error(f"--method {method.name} learns from no trained teacher")
     if "batch_size" in parser.recipe:
         parser.recipe["batch_size"] = method.imagenet_batch
@@ -104,9 +104,6 @@ def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = 
     else:
         options.require_aux(parser, args, *(["arch", "tarch"] if method.reads == "heads" else ["arch"]))
     fill_constants(args, method)
-    for constant in method.constants().values():
-        if constant.pair and (pair := getattr(args, constant.dest)) != sorted(pair):
-            parser.error(f"{constant.flag}: the lower number comes first")
     return args
 
 

@@ -81,9 +81,8 @@ STANDARDIZE = Constant(False, "standardize both networks' logits before the temp
 
 
 def _fits(key: str, teacher: str | None, student: str | None) -> bool:
-    *pair, last = key.split("->")
-    beginnings = [(pair[0], teacher), (last, student)] if pair else [(last, teacher)]
-    return all(isinstance(arch, str) and _of_family(beginning, arch) for beginning, arch in beginnings)
+    pairs = zip(key.split("->"), (teacher, student), strict=False)
+    return all(isinstance(arch, str) and _of_family(beginning, arch) for beginning, arch in pairs)
 
 
 def _of_family(beginning: str, arch: str) -> bool:
@@ -166,7 +165,7 @@ class Objective:
         self.state: dict[str, Tensor] = {}  # running state, saved and resumed
         self.trained = nn.ModuleDict()  # trainable parts of its own, such as a projector; they join the optimizer
         for name, constant in self.constants().items():
-            arch = getattr(teacher, "arch", None)
+            arch = getattr(unwrap(teacher), "arch", None)
             setattr(self, name, constants.pop(name) if name in constants else constant.default_for(arch))
         if constants:
             raise TypeError(f"{type(self).__name__} has no constant {', '.join(constants)}")

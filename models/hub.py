@@ -148,16 +148,24 @@ def _timm(name: str) -> ModuleType:
     return timm
 
 
+def load_file(path: str) -> ModuleType:
+    """Run a Python file, which may import its neighbours, and return it as a module; FileNotFoundError without it."""
+    name = f"file_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # as an import would: classes are looked up by their module's name
+    if (folder := str(Path(path).resolve().parent)) not in sys.path:
+        sys.path.append(folder)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _of_file(name: str, num_classes: int) -> Callable[[], nn.Module]:
     """Return a function that calls FUNCTION of FILE.py with the number of classes."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise ValueError(f"no such file: {path}")
-    module_name = f"network_file_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # as an import would: classes are looked up by their module's name
-    spec.loader.exec_module(module)
+    module = load_file(path)
     if not callable(found := getattr(module, function, None)):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) or inspect.isclass(value)]
         raise ValueError(f"{path} has no function {function}, but {', '.join(known) or 'none at all'}")

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-HEAD_WEIGHT = re.compile(r"(fc\d?|linear|classifier|head)\.weight$")  # the last layer of every published network
+HEAD_WEIGHT = re.compile(r"(fc|linear|classifier|head)\.weight$")  # the last layer of every published network
 LIBRARY_HEADS = re.compile(r"(aux[12]|AuxLogits)\.")  # GoogLeNet's and Inception's own, which this project leaves out
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 DENSENETS = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")  # torchvision's files are older than its names
@@ -86,7 +86,7 @@ def widths(state: dict[str, Tensor], num_classes: int | None = None) -> tuple[in
     They are read off the classifiers' widths where `num_classes` is not given; ValueError if there is no classifier.
     """
     layers = {key: value for key, value in state.items() if value.dim() == 2 or value.shape[2:] == (1, 1)}
-    joint = [len(v) for k, v in layers.items() if "auxiliary_classifier" in k and HEAD_WEIGHT.search(k)]
+    joint = [len(value) for key, value in layers.items() if re.search(r"auxiliary_classifier\.fc\d+\.weight$", key)]
     own = {key: value for key, value in layers.items() if "auxiliary_classifier" not in key}
     # SqueezeNet's classifier is a 1 x 1 convolution.
     matrices = {key: value for key, value in own.items() if value.dim() == 2} or own
@@ -110,8 +110,7 @@ def part_of(state: dict[str, Tensor], expected: dict[str, Tensor], net: int = 1)
     state = {k: v for k, v in state.items() if k in expected or not LIBRARY_HEADS.match(k)}
     if not any(".module." in key for key in expected):  # PyTorch's ImageNet example wraps the features of a VGG alone
         state = {key.replace(".module.", "."): value for key, value in state.items()}
-    renamed = {key: DENSENETS.sub(r"\1\2.", key) for key in state if key not in expected}
-    state = {key if renamed.get(key) not in expected else renamed[key]: value for key, value in state.items()}
+    state = {key if key in expected else DENSENETS.sub(r"\1\2.", key): value for key, value in state.items()}
     shared = os.path.commonprefix([key.split(".") for key in state])
     common = [".".join(shared[:count]) + "." for count in range(1, len(shared) + 1)]
     for prefix in ("", f"net{net}.", "backbone.", f"net{net}.backbone.", *common):

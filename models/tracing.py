@@ -162,4 +162,4 @@ def _in_place(net: nn.Module, node: fx.Node) -> bool:
             module = module[0]
         return any(getattr(part, "inplace", False) for part in module.modules())
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return bool(node.kwargs.get("inplace")) or name.endswith("_") or name in ("iadd", "imul", "isub", "setitem")
+    return bool(node.kwargs.get("inplace")) or name.endswith("_") or name in fx.graph.inplace_methods

@@ -27,6 +27,7 @@ from options.parser import (
     shown,
     tag,
 )
+from utils import warn
 
 __all__ = ["Parser", "above_zero", "architecture", "below_one", "given", "natural", "not_negative", "path", "positive"]
 __all__ += ["add_networks", "add_statistics", "create", "named", "own_reading", "own_statistics", "share", "shown"]
@@ -161,6 +162,8 @@ def finish(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, default)
     if sorted(set(args.milestones)) != args.milestones:
         parser.error(f"--milestones must rise, got {' '.join(map(str, args.milestones))}")
+    if args.schedule == "multistep" and args.milestones and args.milestones[0] + args.warmup_epoch >= args.epochs > 1:
+        warn(f"--milestones {args.milestones[0]} ...: none within {args.epochs} epochs, so the learning rate stays")
     return args
 
 

@@ -75,7 +75,7 @@ def own_reading(name: str, info: dict[str, Any]) -> dict[str, Any]:
 
 def own_statistics(name: str) -> dict[str, Any]:
     """Return the mean and the standard deviation that a library's network was made for; empty for others."""
-    found = models.normalisation(models.backbone_name(name)) if models.is_external(models.backbone_name(name)) else None
+    found = models.normalisation(models.backbone_name(name))
     return dict(zip(("mean", "std"), found, strict=True)) if found else {}
 
 

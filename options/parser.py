@@ -80,7 +80,9 @@ class Parser(argparse.ArgumentParser):
 
 def shown(value: Any) -> str:
     """Return a default as the help shows it."""
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def given(argv: list[str] | None, flag: str, **kwargs: Any) -> Any:

@@ -302,7 +302,7 @@ def test_what_the_machine_lacks_is_explained_and_bugs_are_not():
         (0, False, "0", {}, "cpu"),
         (0, True, None, {}, "mps"),
         (0, True, None, {"WORLD_SIZE": "2"}, "cpu"),
-        (2, False, None, {}, "cuda:0"),
+        (2, False, None, {}, "cuda:1"),
         (2, False, "1", {}, "cuda:1"),
         (2, False, "1,0", {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "cuda:0"),
         (2, False, "2", {}, None),
@@ -314,6 +314,7 @@ def test_the_device_of_a_process(gpus, mps, gpu_id, variables, expected, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(os, "environ", os.environ | variables)
     with contextlib.nullcontext() if expected else pytest.raises(UserError):

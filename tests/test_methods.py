@@ -212,19 +212,85 @@ def test_hsakd_freezes_heads_without_a_partner():
     assert trained == {"2", "3", "4"}
 
 
-class Viewing(Small):
-    """A network that flattens by `view`, as older tutorials do: an error on channels-last features."""
+VIEWING = """
+import torch
+from sizes import WIDTH
+
+
+class Viewing(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1, self.conv2 = torch.nn.Conv2d(3, WIDTH, 5, 2), torch.nn.Conv2d(WIDTH, WIDTH, 5, 2)
+        self.fc1, self.fc2 = torch.nn.Linear(WIDTH * 5 * 5, 12), torch.nn.Linear(12, 11)
+        self.out = torch.nn.Linear(11, num_classes)
 
     def forward(self, images):
-        features = self.conv(images)
-        return self.fc(features.view(len(images), 8, -1).mean(2))
+        features = self.conv2(self.conv1(images).relu()).relu()
+        return self.out(self.fc2(self.fc1(features.view(-1, WIDTH * 5 * 5)).relu()).relu())
+"""
 
 
-def test_a_network_that_cannot_take_channels_last(monkeypatch):
-    common = {"train": loader(8), "test": loader(8), "epochs": 1, "amp": "bf16"}
-    assert Trainer(Small(), methods.Supervised(), **common).layout == torch.channels_last
-    for student, teacher in ((Viewing(), Small()), (Small(), Viewing())):
-        Trainer(student, methods.KD(teacher), **common).fit()
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_file_of_the_users_whose_network_flattens_by_view(amp, tmp_path, capsys):
+    """As older tutorials do: an error on channels-last features. The file imports its neighbour."""
+    (tmp_path / "sizes.py").write_text("WIDTH = 4")
+    (tmp_path / "viewing.py").write_text(VIEWING)
+    name, quick = f"{tmp_path}/viewing.py:Viewing", (*QUICK_RUN, "--amp", amp, "--checkpoint-dir", tmp_path / "runs")
+    run("train_baseline_cifar", "--arch", name, *quick)
+    (weights,) = tmp_path.glob("runs/*/*Viewing.pth.tar")
+    teaching = ("--method", "kd", "--tarch", name, "--tcheckpoint", weights, "--arch")
+    run("train_student_cifar", *teaching, "resnet8", *quick)
+    run("train_student_cifar", *teaching, name, *quick, "--tag", "own")
+    bare = utils.Checkpoint(weights).state
+    torch.save(bare, tmp_path / "bare.pth")
+    for script, flag in (("test_model", "--student-weights"), ("export", "--weights")):
+        more = () if script == "test_model" else ("--format", "pt2", "--output", tmp_path / "file")
+        reading = ("--image-size", 32, "--mean", 0.5, "--std", 0.5) if script == "export" else ()
+        run(script, flag, tmp_path / "bare.pth", "--arch", name, "--dataset", "digits", *reading, *more)
+    assert utils.Checkpoint(tmp_path / "bare.pth").num_classes == 10
+
+
+def test_networks_that_take_channels_last_do():
+    made = Trainer(Small(), methods.Supervised(), train=loader(8), test=loader(8), epochs=1, amp="bf16")
+    assert made.layout == torch.channels_last
+
+
+def test_an_epoch_cut_short_on_a_plain_loader_begins_anew():
+    """As by Ctrl-C in a notebook. The loaders stay the user's: nothing closes them."""
+
+    class Interrupted(DataLoader):
+        patience = 3
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                self.patience -= 1
+                if self.patience == 0:
+                    raise KeyboardInterrupt
+                yield batch
+
+        def close(self):
+            raise AssertionError
+
+    settings = {"train": Interrupted(loader(32).dataset, 8), "test": loader(8), "epochs": 1, "lr": 0.1, "warmup": 1}
+    made = Trainer(Small(), methods.Supervised(), **settings)
+    rates = []
+    made.step.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    with pytest.raises(KeyboardInterrupt):
+        made.fit()
+    made.fit()
+    assert rates == pytest.approx([0.025, 0.05, 0.025, 0.05, 0.075, 0.1])
+
+
+def test_parts_of_a_batch_are_of_two_images_at_least():
+    made = Trainer(Small(), methods.Supervised(), train=loader(8), test=loader(8), epochs=1, accumulate=4)
+    for count, expected in ((1, [1]), (3, [3]), (5, [2, 3]), (8, [2] * 4), (10, [2, 3, 2, 3])):
+        batch = methods.Batch(torch.zeros(count, 3, 8, 8), torch.zeros(count, dtype=torch.int64), 0)
+        assert [len(part.images) for part in made.step.parts(batch)] == expected
+
+
+def test_constants_are_those_of_a_wrapped_teachers_family():
+    teacher = models.create("wrn_40_2", 4)
+    assert methods.DKD(nn.DataParallel(teacher)).beta == methods.DKD(teacher).beta != methods.DKD(Small()).beta
 
 
 def test_an_objective_serves_several_runs():
@@ -415,6 +481,11 @@ def test_the_method_of_the_readme(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_student_cifar.parse_args([str(word) for word in command] + ["--help"])
     assert "weight of the squared error (default: 0.1)" in capsys.readouterr().out
+    derived = "class Larger(LogitMSE):\n    mse_weight = Constant('mean', 'how', kind=str)\n"
+    (tmp_path / "mine.py").write_text(readme_code("LogitMSE") + derived)
+    assert methods.find(str(tmp_path / "mine.py")).__name__ == "Larger"
+    (tmp_path / "mine.py").write_text(readme_code("LogitMSE") + derived + derived.replace("Larger", "Other"))
+    assert status("train_student_cifar", *command) == 2
 
 
 @pytest.mark.parametrize("method", ["kd", "dkd", "dpcd", "fitnet", "hsakd"])

@@ -19,6 +19,7 @@ from imagesets.folders import ENDINGS
 from imagesets.from_files import Reader
 from imagesets.images import ImageSet, header
 from options.parser import line_list
+from training import speed
 from utils import Checkpoint, UserError, World
 
 
@@ -105,7 +106,8 @@ def load(args: argparse.Namespace, world: World) -> Trained:
         raise UserError(f"{args.weights}: {checkpoint.num_classes} classes, but {len(classes)} class names")
     network = create(arch, len(classes), settings["size"])
     checkpoint.load_into(network, args.net)
-    network = network.to(world.device, memory_format=torch.channels_last)
+    example = torch.zeros(1, 3, settings["size"], settings["size"])
+    network = network.to(world.device, memory_format=speed.common_layout([network], [[example]]))
     named = {"class_names": args.class_names} if args.class_names else {}
     return Trained(network, arch, classes, **settings, info={**named, **checkpoint.info})
 

@@ -26,14 +26,15 @@ def setup(gpu_id: str | None = None, backend: str | None = None) -> World:
         gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         return World(dist.get_rank(), dist.get_world_size(), device)
-    rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    world = World(rank, max(size, 1), pick_device(gpu_id, local_rank, max(size, 1)))
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    world = World(rank, size, pick_device(gpu_id, local_rank, size))
     if "RANK" in os.environ and not dist.is_initialized():
         join((backend or "nccl") if world.device.type == "cuda" else "gloo", world.device)
     return world
 
 
-def pick_device(gpu_id: str | None, local_rank: int = 0, size: int = 1) -> torch.device:
+def pick_device(gpu_id: str | None, local_rank: int, size: int) -> torch.device:
     """Return the device of a machine's process `local_rank`, in a run of `size` processes.
 
     That is a GPU of `gpu_id` if there are any, else Apple's mps for a single process, else the CPU, with a warning.
@@ -45,6 +46,8 @@ def pick_device(gpu_id: str | None, local_rank: int = 0, size: int = 1) -> torch
         return torch.device("cpu")
     count = torch.cuda.device_count()
     ids = [int(number) for number in gpu_id.split(",")] if gpu_id else list(range(count))
+    if size == 1 and not gpu_id:
+        ids = [torch.cuda.current_device()]  # that of a notebook, if it has chosen one
     if max(ids) >= count:
         raise UserError(f"--gpu-id {gpu_id}: no GPU {max(ids)} here, GPUs 0 to {count - 1} are")
     if size == 1 and gpu_id and len(ids) > 1:

@@ -86,7 +86,7 @@ class RunFolder:
         """Create or reopen the folder; UserError if it holds another run, or one in progress."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not acquired(self.lock, LOCK_PATIENCE if resume else 0):
-            raise UserError(f"{self.path}: another process is training in this folder")
+            raise UserError(f"{self.path}: another process, or another Trainer of this one, is training in this folder")
         if self.last.exists() or self.best.exists() or read_log(self.log):
             self.check_continued(resume)
 

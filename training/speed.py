@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from training.metrics import networks as networks_of
 
 
 def inference_copy(teacher: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
@@ -21,23 +22,33 @@ def inference_copy(teacher: nn.Module, dtype: torch.dtype, layout: torch.memory_
     return network
 
 
-def take_channels_last(networks: Iterable[nn.Module], batches: Iterable) -> bool:
-    """Return whether networks run on channels-last images, tried on a few of `batches`; this project's own do.
+def common_layout(networks: Iterable[nn.Module], batches: Iterable) -> torch.memory_format:
+    """Return the memory layout of networks and images: channels-last, unless a network refuses it.
 
-    `view` across such an image's channels is an error, as are weights of five dimensions.
+    That one makes whatever it is given contiguous from then on. This project's own networks take channels-last; others
+    are tried on a few of `batches`: `view` across such an image's channels is an error, as are weights of five
+    dimensions.
     """
-    others = [net for net in networks if not any(isinstance(part, models.Backbone) for part in net.modules())]
-    if not others:
-        return True
-    images = next(iter(batches))[0][:2].to(memory_format=torch.channels_last)
-    try:
-        with torch.no_grad():
-            for network in others:
-                device = next(network.parameters(), images).device
-                copy.deepcopy(network).eval().to(memory_format=torch.channels_last)(images.to(device))
-    except RuntimeError:
-        return False
-    return True
+    layout = torch.channels_last
+    for network in networks:
+        if any(isinstance(part, models.Backbone) for part in network.modules()):
+            continue
+        images = next(iter(batches))[0][:2]
+        images = images.to(next(network.parameters(), images).device, memory_format=torch.channels_last)
+        try:
+            with torch.no_grad():
+                copy.deepcopy(network).eval().to(memory_format=torch.channels_last)(images)
+        except RuntimeError:
+            layout = torch.contiguous_format
+            members = networks_of(network).values()
+            for part in {network, *members, *map(models.backbone_of, members)}:
+                part.register_forward_pre_hook(made_contiguous)
+    return layout
+
+
+def made_contiguous(_: nn.Module, given: tuple) -> tuple:
+    """Hook before a module's forward pass: return its tensors contiguous."""
+    return tuple(value.contiguous() if torch.is_tensor(value) else value for value in given)
 
 
 def keep_memory() -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-import math
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,12 +87,13 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def parts(self, batch: Batch) -> list[Batch]:
-        """Return the parts of a batch, on the device and in the layout of the networks."""
+        """Return the parts of a batch, on the device and in the layout of the networks; of two images at least each."""
         device, overlaps = self.world.device, self.world.device.type == "cuda"  # Apple's GPUs may read freed memory
         images = batch.images.to(device, memory_format=self.layout, non_blocking=overlaps)
         batch = batch._replace(images=images, labels=batch.labels.to(device, non_blocking=overlaps))
-        size = math.ceil(len(images) / self.accumulate)
-        return [batch.rows(slice(start, start + size)) for start in range(0, len(images), size)]
+        count = max(min(self.accumulate, len(images) // 2), 1)
+        bounds = [len(images) * number // count for number in range(count + 1)]
+        return [batch.rows(slice(*pair)) for pair in itertools.pairwise(bounds)]
 
 
 def distribute(module: StepModule, world: World, sync_bn: bool) -> DistributedDataParallel:
