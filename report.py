@@ -21,7 +21,7 @@ from utils import UserError, warn
 
 COLUMNS = [
     *("script", "network", "method", "data set", "settings", "epochs", "seeds"),
-    *("last top-1", "best top-1", "images/s", "published"),
+    *("last top-1", "best top-1", "images/s", "seconds", "published"),
 ]
 # Where a run was made does not set it apart from another, nor does its seed.
 NOT_SETTINGS = FREE_ARGUMENTS - {"epochs", "tcheckpoint", "pretrained_backbone"} | {"manual_seed"}
@@ -122,6 +122,7 @@ def make_row(label: Label, settings: str, runs: list[Run]) -> list[str]:
     averaged = [run for run in started if run.finished] or started
     done = sorted({len(run.epochs) for run in runs})
     speeds = [entry["images_per_second"] for run in started for entry in run.epochs if entry.get("images_per_second")]
+    seconds = [entry["seconds"] for run in started for entry in run.epochs if "seconds" in entry]
     return [
         *(*label, settings),
         "-".join(map(str, dict.fromkeys((done[0], done[-1])))) + f"/{args['epochs']}",
@@ -129,6 +130,7 @@ def make_row(label: Label, settings: str, runs: list[Run]) -> list[str]:
         mean_std(run.epochs[-1].get("test/top1") for run in averaged),
         mean_std(map(best_top1, averaged)) + (" (val)" if args.get("val_split") else ""),
         f"{statistics.median(speeds):.0f}" if speeds else "-",
+        f"{statistics.median(seconds) * args['epochs']:.0f}" if seconds else "-",
         lookup(label),
     ]
 
@@ -137,6 +139,7 @@ def caption(runs: list[Run]) -> str:
     """Return the sentences below the table."""
     lines = ["Top-1 in percent, mean±std (n - 1) over seeds; * = jointly trained teacher."]
     lines += ["last: after the last epoch, selected by nothing."]
+    lines += ["seconds: of a whole run, by the median of its epochs, training and tests."]
     if not all(run.args.get("val_split") for run in runs):
         lines += ["best: at the epoch selected on the test set, as in the published results; optimistic."]
     if any(run.args.get("val_split") for run in runs):

@@ -248,6 +248,8 @@ def test_a_file_of_the_users_whose_network_flattens_by_view(amp, tmp_path, capsy
         reading = ("--image-size", 32, "--mean", 0.5, "--std", 0.5) if script == "export" else ()
         run(script, flag, tmp_path / "bare.pth", "--arch", name, "--dataset", "digits", *reading, *more)
     assert utils.Checkpoint(tmp_path / "bare.pth").num_classes == 10
+    (tmp_path / "viewing.py").rename(tmp_path / "renamed.py")
+    run("test_model", "--student-weights", weights, "--arch", name.replace("viewing", "renamed"), "--dataset", "digits")
 
 
 def test_networks_that_take_channels_last_do():

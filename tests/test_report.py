@@ -20,7 +20,13 @@ def log_of(top1):
     """Return the log of a run with these test accuracies, one an epoch."""
     best = [top1.index(max(top1[: i + 1])) + 1 for i in range(len(top1))]
     return [
-        {"epoch": i + 1, "test/top1": top1[i], "best/epoch": best[i], "images_per_second": 100.0 * (i + 1)}
+        {
+            "epoch": i + 1,
+            "test/top1": top1[i],
+            "best/epoch": best[i],
+            "images_per_second": 100.0 * (i + 1),
+            "seconds": 2.0 + i,
+        }
         for i in range(len(top1))
     ]
 
@@ -48,7 +54,7 @@ def test_seeds_are_one_row_with_hand_computed_mean_and_std(tmp_path):
     write_run(tmp_path, "c", [78.0, 77.0, 77.0], epochs=3, manual_seed=2)
     write_run(tmp_path, "d", [99.0], epochs=3, manual_seed=3)
     expected = ["train_student_cifar", "wrn_40_2_aux -> wrn_16_2_aux", "hsakd*", "cifar100", "", "1-3/3", "0 1 2 (3)"]
-    expected += ["73.00±3.61", "75.00±3.00", "200", "78.67±0.20"]
+    expected += ["73.00±3.61", "75.00±3.00", "200", "9", "78.67±0.20"]
     assert [list(row.values()) for row in rows_of(tmp_path)] == [expected]
 
 

@@ -11,6 +11,7 @@ from test_recorded_losses import CLASSES, write_cifar
 
 import report
 from scripts import parsed, save_teacher
+from tools import repeats
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ["alone", "kd", "dkd", "dist", "wttm", "crd", "reviewkd", "dpcd", "hssakd", "hsakd"]
@@ -74,3 +75,17 @@ def test_a_run_is_collected_and_then_left_out(tmp_path):
     (run,) = report.find_runs([tmp_path / "table.jsonl"])
     assert run.finished and run.epochs[-1]["test/top1"] >= 0
     assert commands(tmp_path, ROWS="hsakd kd", SEEDS="1").keys() == {("kd", 1)}
+
+
+def test_the_table_of_repeats_by_hand(tmp_path, capsys):
+    """Two epochs of 10 s with fresh views end at 50; one view is half as slow, and at 60 after its first epoch."""
+    lines = []
+    for name, views, seconds, accuracies in (("few_fresh", None, 10, (40, 50)), ("few_1", 1, 5, (60, 45))):
+        args = {"epochs": 2, "views": views, "image_set": {"images": 300}}
+        log = [{"epoch": i + 1, "seconds": seconds, "test/top1": top1} for i, top1 in enumerate(accuracies)]
+        lines += [json.dumps({"name": name, "seed": seed, "args": args, "log": log}) for seed in (0, 1)]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    repeats.main(repeats.parse_args([str(tmp_path / "r.jsonl"), "--filling", "100"]))
+    found = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert found[0] == ["few_fresh", "fresh", "50.00, 50.00", "50.00 ± 0.00", "10.0", "20", "20", "20, 20"]
+    assert found[1] == ["few_1", "2", "45.00, 45.00", "45.00 ± 0.00", "5.0", "10", "13", "5, 5"]

@@ -191,6 +191,8 @@ def fill(cache: TeacherCache, trainer: "Trainer") -> None:
         marks[at] = 1
         progress.update()
     progress.close()
+    seconds = time.monotonic() - began
+    print_main(f"filled in {seconds:.0f} s, {len(missing) / seconds:.0f} images/s")
     accuracy, _ = start.accuracy(trainer, trainer.objective.teacher, False)  # of all processes: none fills any more
     if world.is_main:
         with replacing(cache.record, "w") as file:
