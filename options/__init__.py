@@ -74,7 +74,7 @@ def training_parser(
     add("--milestones", type=positive, nargs="+", default=list(milestones), help=rates)
     add("--warmup-epoch", type=natural, default=0, help="epochs of linear warm-up before the schedule (default: 0)")
     add("--val-split", type=below_one, default=0.0, help="select the best epoch on this share of the training images")
-    average = "decay of a moving average of the weights, such as 0.999; it is tested and saved too"
+    average = "decay of a moving average of the weights, such as 0.999, which is tested and saved beside them"
     add("--ema-decay", type=part, metavar="SHARE", help=average)
     add("--class-weights", choices=["balanced"], help="weight the classes inversely to their number of images")
     add("--label-smoothing", type=below_one, default=0.0, help="share of the hard labels spread over all classes")
