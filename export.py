@@ -78,13 +78,13 @@ def read_data(args, network):
     if not name:
         raise UserError(f"{args.weights}: does not say its data set: give --dataset and --data, or --images")
     reading = {"batch_size": args.batch_size, "workers": args.num_workers, "skip_bad_images": True, **network.settings}
-    data = imagesets.load(name, args.data, augment="none", **reading) if args.int8 else None
-    test = data.test if data else imagesets.load_test(name, args.data, **reading)
+    test = imagesets.load_test(name, args.data, **reading)
     kinds = (network.size, len(network.classes)), (test.size, len(test.classes))
     if kinds[0] != kinds[1]:
         ours, theirs = (f"{size} pixels a side and {classes} classes" for size, classes in kinds)
         raise UserError(f"{args.weights}: for images of {ours}, but {name} has {theirs}")
-    return data and data.train, test
+    unnamed = {**reading, "class_names": None}  # which calibration has no use for
+    return imagesets.load(name, args.data, augment="none", **unnamed).train if args.int8 else None, test
 
 
 def sample(args, network, test):

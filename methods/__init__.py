@@ -18,7 +18,7 @@ from utils import Checkpoint, UserError
 
 
 def defined_in(module: ModuleType) -> type[Objective] | None:
-    """Return the method that a module defines, the last one derived; None if there is none, or no last one."""
+    """Return the method that a module defines, the most derived one; None if there is none or several."""
     classes = {value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Objective)}
     own = {method for method in classes if method.__module__ == module.__name__}
     last = own - {base for method in own for base in method.__mro__[1:]}
@@ -46,8 +46,10 @@ def find(name: str) -> type[Objective]:
         found = defined_in(hub.load_file(name))
     except FileNotFoundError:
         raise UserError(f"--method {name}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"--method {error}") from None
     if found is None:
-        raise UserError(f"--method {name}: defines no subclass of methods.Objective, or several that are alike")
+        raise UserError(f"--method {name}: defines no subclass of methods.Objective, or several, none from the others")
     return found
 
 

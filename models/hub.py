@@ -149,14 +149,20 @@ def _timm(name: str) -> ModuleType:
 
 
 def load_file(path: str) -> ModuleType:
-    """Run a Python file, which may import its neighbours, and return it as a module; FileNotFoundError without it."""
+    """Run a Python file, which may import its neighbours, and return it as a module.
+
+    FileNotFoundError if it is missing, ValueError if it imports what is not there.
+    """
     name = f"file_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # as an import would: classes are looked up by their module's name
     if (folder := str(Path(path).resolve().parent)) not in sys.path:
         sys.path.append(folder)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:  # such as `from utils import x`: utils is a module of this project
+        raise ValueError(f"{path}: {first_line(error)}") from None
     return module
 
 

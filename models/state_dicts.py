@@ -110,11 +110,11 @@ def part_of(state: dict[str, Tensor], expected: dict[str, Tensor], net: int = 1)
     state = {k: v for k, v in state.items() if k in expected or not LIBRARY_HEADS.match(k)}
     if not any(".module." in key for key in expected):  # PyTorch's ImageNet example wraps the features of a VGG alone
         state = {key.replace(".module.", "."): value for key, value in state.items()}
-    state = {key if key in expected else DENSENETS.sub(r"\1\2.", key): value for key, value in state.items()}
     shared = os.path.commonprefix([key.split(".") for key in state])
     common = [".".join(shared[:count]) + "." for count in range(1, len(shared) + 1)]
     for prefix in ("", f"net{net}.", "backbone.", f"net{net}.backbone.", *common):
         part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        part = {k if k in expected else DENSENETS.sub(r"\1\2.", k): v for k, v in part.items()}
         if expected.keys() & part.keys():
             own = re.compile(f"{re.escape(prefix)}|net[12]\\.|backbone\\.|auxiliary_classifier\\.")
             return part if not prefix else {**{k: v for k, v in state.items() if not own.match(k)}, **part}

@@ -74,7 +74,7 @@ def training_parser(
     add("--milestones", type=positive, nargs="+", default=list(milestones), help=rates)
     add("--warmup-epoch", type=natural, default=0, help="epochs of linear warm-up before the schedule (default: 0)")
     add("--val-split", type=below_one, default=0.0, help="select the best epoch on this share of the training images")
-    average = "decay of a moving average of the weights, such as 0.999, which is tested and saved beside them"
+    average = "decay of a moving average of the weights, such as 0.999, tested in their place and saved beside them"
     add("--ema-decay", type=part, metavar="SHARE", help=average)
     add("--class-weights", choices=["balanced"], help="weight the classes inversely to their number of images")
     add("--label-smoothing", type=below_one, default=0.0, help="share of the hard labels spread over all classes")
@@ -162,8 +162,9 @@ def finish(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, default)
     if sorted(set(args.milestones)) != args.milestones:
         parser.error(f"--milestones must rise, got {' '.join(map(str, args.milestones))}")
-    if args.schedule == "multistep" and args.milestones and args.milestones[0] + args.warmup_epoch >= args.epochs > 1:
-        warn(f"--milestones {args.milestones[0]} ...: none within {args.epochs} epochs, so the learning rate stays")
+    first = [args.warmup_epoch + epoch for epoch in args.milestones[:1]]
+    if args.schedule == "multistep" and first and first[0] >= args.epochs > 1:
+        warn(f"--milestones: the first is {first[0]}, of {args.epochs} epochs: the learning rate is never lowered")
     return args
 
 

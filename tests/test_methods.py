@@ -285,7 +285,7 @@ def test_an_epoch_cut_short_on_a_plain_loader_begins_anew():
 
 def test_parts_of_a_batch_are_of_two_images_at_least():
     made = Trainer(Small(), methods.Supervised(), train=loader(8), test=loader(8), epochs=1, accumulate=4)
-    for count, expected in ((1, [1]), (3, [3]), (5, [2, 3]), (8, [2] * 4), (10, [2, 3, 2, 3])):
+    for count, expected in ((1, [1]), (3, [3]), (5, [2, 3]), (8, [2] * 4), (10, [3, 3, 4])):
         batch = methods.Batch(torch.zeros(count, 3, 8, 8), torch.zeros(count, dtype=torch.int64), 0)
         assert [len(part.images) for part in made.step.parts(batch)] == expected
 
@@ -487,6 +487,8 @@ def test_the_method_of_the_readme(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(readme_code("LogitMSE") + derived)
     assert methods.find(str(tmp_path / "mine.py")).__name__ == "Larger"
     (tmp_path / "mine.py").write_text(readme_code("LogitMSE") + derived + derived.replace("Larger", "Other"))
+    assert status("train_student_cifar", *command) == 2
+    (tmp_path / "mine.py").write_text("from utils import what_is_not_there")
     assert status("train_student_cifar", *command) == 2
 
 

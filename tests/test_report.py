@@ -111,7 +111,8 @@ def test_the_teachers_own_arguments_say_how_it_was_trained(tmp_path):
 
 
 def test_a_copy_of_the_teacher_says_it_too(tmp_path):
-    torch.save({"net": {}, "args": script("train_teacher_cifar", freezed=True)}, tmp_path / "T.pth.tar")
+    weights = {"fc.weight": torch.ones(2, 2)}
+    torch.save({"net": weights, "args": script("train_teacher_cifar", freezed=True)}, tmp_path / "T.pth.tar")
     write_run(tmp_path / "students", "s", [1.0], tcheckpoint=str(tmp_path / "T.pth.tar"))
     (row,) = rows_of(tmp_path / "students")
     assert row["method"] == "hsakd"

@@ -42,7 +42,7 @@ def ask(
     """Return a network's answers on all test images, if asked for with their embeddings, and the labels (n,)."""
     logits, embeddings, labels, right = [], [], [], {}
     for images, targets in batches:
-        images, targets = images.to(device), targets.to(device)
+        images, targets = images.to(device).contiguous(), targets.to(device)
         outputs, repeated = split_outputs(network(rotate(images))), targets.repeat_interleave(4)
         hits = {"classes": outputs.logits.argmax(1) == repeated}
         for number, aux in enumerate(outputs.aux_logits, 1):

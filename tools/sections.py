@@ -206,7 +206,7 @@ def difference_sections(study: Study, pictures_of: Callable[[set[int]], dict]) -
 def embedding_section(study: Study) -> Section:
     """Return maps of the embeddings, if there are any, of up to 1,000 images of the first ten classes, by t-SNE."""
     rows, pictures = (study.labels < 10).nonzero().flatten(), []
-    rows = rows[:: len(rows) // 1000 + 1]  # the images of a folder come class by class
+    rows = rows[:: -(-len(rows) // 1000)]  # the images of a folder come class by class
     for answers in study.networks if study.teacher.embeddings is not None else ():
         reduced = TSNE(random_state=0, perplexity=min(30, len(rows) / 4)).fit_transform(answers.embeddings[rows])
         figure, axes = axes_of(4.2, 4.2, xticks=[], yticks=[])

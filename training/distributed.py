@@ -45,9 +45,8 @@ def pick_device(gpu_id: str | None, local_rank: int, size: int) -> torch.device:
         warn("no GPU found: running on the CPU")
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    ids = [int(number) for number in gpu_id.split(",")] if gpu_id else list(range(count))
-    if size == 1 and not gpu_id:
-        ids = [torch.cuda.current_device()]  # that of a notebook, if it has chosen one
+    chosen = [torch.cuda.current_device()] if size == 1 else list(range(count))  # a notebook may have set its own
+    ids = [int(number) for number in gpu_id.split(",")] if gpu_id else chosen
     if max(ids) >= count:
         raise UserError(f"--gpu-id {gpu_id}: no GPU {max(ids)} here, GPUs 0 to {count - 1} are")
     if size == 1 and gpu_id and len(ids) > 1:

@@ -49,7 +49,6 @@ class Average:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy what `state_dict` gave; a run without an average so far begins one at the next step."""
-        if "state_dict_ema" in state:
-            state_dicts.load(self.model, state["state_dict_ema"])
-            self.steps, self.top1 = state["ema_steps"], state["ema_acc"]
-            self.averaged.n_averaged.fill_(self.steps)
+        state_dicts.load(self.model, state.get("state_dict_ema", state["net"]))
+        self.steps, self.top1 = state.get("ema_steps", 0), state.get("ema_acc", state["acc"])
+        self.averaged.n_averaged.fill_(self.steps)

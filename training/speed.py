@@ -25,22 +25,22 @@ def inference_copy(teacher: nn.Module, dtype: torch.dtype, layout: torch.memory_
 def common_layout(networks: Iterable[nn.Module], batches: Iterable) -> torch.memory_format:
     """Return the memory layout of networks and images: channels-last, unless a network refuses it.
 
-    That one makes whatever it is given contiguous from then on. This project's own networks take channels-last; others
-    are tried on a few of `batches`: `view` across such an image's channels is an error, as are weights of five
-    dimensions.
+    A network that refuses it gets a hook that makes its input contiguous. This project's own networks take
+    channels-last; others are tried on a few of `batches`: `view` across such an image's channels is an error, as are
+    weights of five dimensions.
     """
-    layout = torch.channels_last
+    layout, images = torch.channels_last, None
     for network in networks:
-        if any(isinstance(part, models.Backbone) for part in network.modules()):
+        members = networks_of(network).values()
+        if all(isinstance(models.backbone_of(member), models.Backbone) for member in members):
             continue
-        images = next(iter(batches))[0][:2]
-        images = images.to(next(network.parameters(), images).device, memory_format=torch.channels_last)
+        images = next(iter(batches))[0][:2].to(memory_format=torch.channels_last) if images is None else images
         try:
             with torch.no_grad():
-                copy.deepcopy(network).eval().to(memory_format=torch.channels_last)(images)
+                device = next(network.parameters(), images).device
+                copy.deepcopy(network).eval().to(memory_format=torch.channels_last)(images.to(device))
         except RuntimeError:
             layout = torch.contiguous_format
-            members = networks_of(network).values()
             for part in {network, *members, *map(models.backbone_of, members)}:
                 part.register_forward_pre_hook(made_contiguous)
     return layout

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,8 +92,8 @@ class TrainingStep:
         device, overlaps = self.world.device, self.world.device.type == "cuda"  # Apple's GPUs may read freed memory
         images = batch.images.to(device, memory_format=self.layout, non_blocking=overlaps)
         batch = batch._replace(images=images, labels=batch.labels.to(device, non_blocking=overlaps))
-        count = max(min(self.accumulate, len(images) // 2), 1)
-        bounds = [len(images) * number // count for number in range(count + 1)]
+        size = max(math.ceil(len(images) / self.accumulate), 2)
+        bounds = [*range(0, max(len(images) - 1, 1), size), len(images)]
         return [batch.rows(slice(*pair)) for pair in itertools.pairwise(bounds)]
 
 

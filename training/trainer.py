@@ -197,6 +197,7 @@ class Trainer:
         """Train from the step where the run stands to the end of `epoch`; save and raise Preempted when asked to."""
         if self.step_in_epoch == 0:  # of networks with dropout, and of a DataLoader's order
             torch.manual_seed((self.seed + epoch * 0x9E3779B97F4A7C15) % 2**63)
+        self.step.optimizer.zero_grad(set_to_none=True)  # those of a step that was interrupted
         title, steps = f"epoch {epoch + 1}/{self.epochs}", len(self.train)
         self.saved_at = time.monotonic()
         self.step.wrapped.train()
@@ -266,7 +267,7 @@ class Trainer:
     def test_epoch(self, epoch: int) -> dict[str, Any]:
         """Return the flat record of an epoch's tests, and note whether it is the best so far: the first of equals.
 
-        The averaged weights are tested, if there are any, as `raw_top1` those that were averaged too.
+        Tests the averaged weights if there are any; `raw_top1` is then the accuracy of the weights themselves.
         """
         rule = self.objective.best_by(self.model)
         heads = rule == "joint" or (epoch + 1) % HEADS_EVERY == 0 or epoch + 1 == self.epochs
