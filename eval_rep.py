@@ -56,7 +56,7 @@ def parse_args(argv=None):
     options.add_choice(parser.add_argument, "--s-path")
     args = options.finish(parser, argv)
     # Neither auxiliary classifiers nor the other network of a pair have a part in this.
-    args.arch = models.backbone_name(args.arch)
+    args.arch = models.backbone_name(args.arch, args.net or 1)
     if args.dataset == "imagenet":
         parser.error("--dataset imagenet: the probe sees images of 32 pixels: read the same folders as imagefolder")
     if models.is_imagenet(args.arch) or models.is_external(args.arch):

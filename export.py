@@ -94,7 +94,10 @@ def sample(args, network, test):
     files = trained.image_files([args.images])
     files = files[:: -(-len(files) // COMPARED)]
     read = network.read(files, args.batch_size, args.num_workers, World())
-    return torch.cat([images for images, _ in read]).contiguous()
+    found = [images for images, _ in read]
+    if not found:
+        raise UserError(f"no readable images in {args.images}")
+    return torch.cat(found).contiguous()
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def versions() -> dict[str, str]:
 
 def safe_globals() -> list:
     """Return what a checkpoint may hold beside tensors: numpy's numbers, parsed arguments, paths, default dicts."""
-    kinds = [np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")]
+    kinds = [np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1", "U1")]
     allowed = [np.dtype, np.ndarray, *(type(kind) for kind in kinds), argparse.Namespace, dict, list, int]
     allowed += [(lambda *_: {}, "collections.defaultdict")]  # torch.load fills plain dicts alone
     scalar, array = (value.__reduce__()[0] for value in (np.float64(), np.zeros(1)))

@@ -51,7 +51,7 @@ class Data(NamedTuple):
 
 def recorded(info: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that read test images as the training images of a checkpoint's `info` were read."""
-    names = ("mean", "std", "class_names", "size", "resize", "test_split", "grey_range")
+    names = ("mean", "std", "class_names", "size", "resize", "test_split", "split_of", "grey_range")
     published = {**dict.fromkeys(folders.TESTS, folders.STATISTICS), **STATISTICS}.get(info.get("dataset"))
     # For files that are older than what they record.
     found = dict(zip(("mean", "std"), published, strict=True)) if published else {}
@@ -67,6 +67,7 @@ def load(name: str, root: str = "./data", **settings: Any) -> Data:
     train, test = find(name, root, settings)
     if train is None:
         raise UserError(f"no training images: put them at {Path(root) / 'train'}/<class>/*")
+    whole = len(train) + len(test)
     train, held_out = split(train, settings)
     if train.in_memory:
         train = train.into_memory(settings)
@@ -84,6 +85,7 @@ def load(name: str, root: str = "./data", **settings: Any) -> Data:
     if name in folders.TESTS:
         info |= {"resize": train.resize, "keep": "memory" if train.in_memory else "files"}
         info |= {"test_split": settings.test_split, "grey_range": train.grey_range}
+        info |= {"split_of": whole} if settings.test_split else {}
     val = test_batches(held_out, train.statistics, settings) if held_out else None
     test = test_batches(test, train.statistics, settings)
     return Data(batches, val, test, train.classes, batches.size, train.statistics, info)

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,11 @@ def find(name: str, root: Path, settings: Settings, test_alone: bool) -> tuple[I
     train_folder = root / "train" if (root / "train").is_dir() else None
     test_folder = next((root / part for part in TESTS[name] if class_names(root / part)), None)
     if settings.test_split and not test_folder:
-        train, test = read_folder(train_folder or root).stratified(1 - settings.test_split)
+        whole = read_folder(train_folder or root)
+        if settings.split_of not in (None, len(whole)):
+            changed = f"{len(whole)} images, {settings.split_of} when the test images were drawn"
+            warn(f"warning: {root}: {changed}: others are drawn now, and may have been trained on")
+        train, test = whole.stratified(1 - settings.test_split)
     elif not test_folder:
         places = " or ".join(f"{root / part}/<class>/*" for part in TESTS[name] if part != "val_sorted")
         raise UserError(f"no images: put them at {root / 'train'}/<class>/* and {places}")
@@ -73,14 +78,14 @@ def read_folder(folder: Path) -> ImageSet:
 
     A file without a usual ending is opened to see whether it is an image. Raises UserError if a class has no images.
     """
-    left_out = Counter()
+    left_out = []
 
     def is_image(path: str) -> bool:
         if f"{os.sep}." in path[len(str(folder)) :]:
             return False  # such as the ._1.png that macOS leaves beside 1.png in an archive
         if path.lower().endswith(ENDINGS) or header(path):
             return True
-        left_out[Path(path).suffix or "without an ending"] += 1
+        left_out.append(Path(path))
         return False
 
     names = class_names(folder)
@@ -89,14 +94,24 @@ def read_folder(folder: Path) -> ImageSet:
     try:
         samples = make_dataset(folder, {name: number for number, name in enumerate(names)}, is_valid_file=is_image)
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: {first_line(error)}") from None
+        raise UserError(f"{folder}: {first_line(error).removesuffix('.')}{not_images(left_out)}") from None
     paths, labels = zip(*samples, strict=True)
     counts = Counter(labels)
     ends = min(counts, key=counts.get), max(counts, key=counts.get)
     smallest, largest = (f"{names[number]} {counts[number]}" for number in ends)
-    others = "; not images: " + ", ".join(f"{count} {ending}" for ending, count in left_out.items()) if left_out else ""
-    warn(f"{folder}: images: {len(labels)}, classes: {len(names)} (smallest {smallest}, largest {largest}){others}")
+    listed = f"images: {len(labels)}, classes: {len(names)} (smallest {smallest}, largest {largest})"
+    warn(f"{folder}: {listed}{not_images(left_out)}")
+    if len(names) == 1:
+        warn(f"warning: {folder} has one class, {names[0]}: are the folders of the classes one level deeper?")
     return ImageSet(torch.tensor(labels), names, STATISTICS, paths=np.array([os.fsencode(path) for path in paths]))
+
+
+def not_images(paths: Iterable[Path]) -> str:
+    """Return how many of the files that are no images have which ending, as the rest of a line; empty if none are."""
+    counts = Counter(path.suffix or "without an ending" for path in paths)
+    listed = ", ".join(f"{count} {ending}" for ending, count in counts.items())
+    heif = {".heic", ".heif"} & {ending.lower() for ending in counts} and "HEIF" not in FORMATS
+    return f"; not images: {listed}" * bool(listed) + " (pip install pillow-heif reads HEIC)" * bool(heif)
 
 
 def reading(name: str, images: ImageSet, size: int | None, settings: Settings) -> dict:

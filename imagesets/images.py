@@ -29,7 +29,7 @@ with suppress(ImportError):
     FORMATS.append("HEIF")
 Image.init()
 FORMATS = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow has no AVIF
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, MemoryError, Image.DecompressionBombError)
+UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, RuntimeError, MemoryError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Settings:
     margin: float | None = None  # shorter side before the centre crop, in sizes; by default 1, of ImageNet 256 / 224
     keep: str | None = None  # "memory" or "files"; by default in memory up to 2 GB
     test_split: float | None = None  # share of the images that are tests if there is no folder of these
+    split_of: int | None = None  # images of which the tests were drawn when the weights at hand were trained
     grey_range: tuple[int, int] | None = None  # 16-bit values that become black and white; by default those in use
 
 

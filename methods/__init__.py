@@ -144,8 +144,10 @@ def load_teacher(args: argparse.Namespace, checkpoint: Checkpoint, num_classes: 
     UserError if the weights do not fit.
     """
     method = find(args.method)
-    if method.reads == "heads" and checkpoint.rotations == 1:
-        raise UserError(f"{checkpoint.path}: {method.name} needs a teacher whose heads tell 4 rotations apart, not 1")
+    if method.reads == "heads" and checkpoint.rotations != 4:
+        found = "1 rotation" if checkpoint.rotations else "no heads"
+        advice = "train_teacher_cifar.py trains them (--freezed --pretrained-backbone), --method kd reads none"
+        raise UserError(f"{checkpoint.path}: {method.name} reads heads of 4 rotations, this has {found}: {advice}")
     name = args.tarch if method.reads == "heads" else models.backbone_name(args.tarch)
     teacher = options.create(args, name, num_classes, size, checkpoint.rotations or 4, checkpoint)
     checkpoint.load_into(teacher, args.net)

@@ -9,16 +9,17 @@ import difflib
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from models import external, hub, mobilenetv2, resnet, resnet_cifar, shufflenetv1, shufflenetv2, vgg, wrn
 from models.auxiliary import AuxiliaryNet, MutualPair, backbone_of, stage_features
-from models.external import attach_auxiliary, read_stages
+from models.external import attach_auxiliary, check_outputs, read_stages
 from models.hub import hub_weights, is_external, is_file, normalisation
 from models.layers import Backbone
 from models.stages import Stages
 
 __all__ = ["AuxiliaryNet", "Backbone", "MutualPair", "attach_auxiliary", "backbone_of", "hub_weights", "is_external"]
-__all__ += ["is_file", "normalisation", "read_stages", "stage_features"]
+__all__ += ["check_outputs", "is_file", "normalisation", "read_stages", "stage_features"]
 
 _FAMILIES = (resnet_cifar, wrn, vgg, resnet, mobilenetv2, shufflenetv1, shufflenetv2)
 _BACKBONES = {name: build for family in _FAMILIES for name, build in family.BACKBONES.items()}
@@ -106,7 +107,16 @@ def create(
 def _create_external(name: str, num_classes: int, rotations: int, size: int | None, **options) -> nn.Module:
     """Return a network of torchvision, timm or a file, cut at the size it was made for and traced at `size`."""
     bare = name.removesuffix(_SUFFIX)
-    build = hub.builder(bare, num_classes, size)
+    make = hub.builder(bare, num_classes, size)
+
+    def build() -> nn.Module:
+        net = make()
+        if any(isinstance(weight, UninitializedParameter) for weight in net.parameters()):  # of lazy layers
+            side = hub.default_size(bare, size)
+            with torch.no_grad():
+                net.eval()(torch.zeros(1, 3, side, side))
+        return net.train()
+
     net = build()
     net.arch = bare
     if bare == name:
@@ -139,4 +149,5 @@ def _unknown(name: str) -> str:
     """Return one line that names the architectures nearest in spelling, whatever their case."""
     candidates = {known.lower(): known for known in names()}
     nearest = difflib.get_close_matches(name.lower(), candidates, n=5, cutoff=0.0)
-    return f"unknown architecture {name!r}; nearest: {', '.join(candidates[match] for match in nearest)}"
+    listed = [*hub.having(name.removesuffix(_SUFFIX)), *(candidates[match] for match in nearest)]
+    return f"unknown architecture {name!r}; nearest: {', '.join(listed)}"

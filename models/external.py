@@ -9,6 +9,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -138,6 +139,17 @@ def attach(
     return network
 
 
+def check_outputs(outputs: Any, num_classes: int, plain: bool = False) -> None:
+    """Raise ValueError unless a network returned logits (1, N), or (logits, [auxiliary logits, ...]) if not `plain`."""
+    kind, heads = type(outputs).__name__, []
+    if not plain and isinstance(outputs, (tuple, list)) and len(outputs) == 2:
+        outputs, heads = outputs
+    if not all(torch.is_tensor(part) and part.ndim == 2 for part in (outputs, *heads)):
+        raise ValueError(f"returns a {kind}, not logits (B, {num_classes})")
+    if outputs.shape[1] != num_classes:
+        raise ValueError(f"returns {outputs.shape[1]} logits for {num_classes} classes")
+
+
 def read_stages(net: nn.Module, example: Tensor, taps: int = 4, classifier: str | None = None) -> StageReader:
     """Trace a plain network, so that `stage_features` can read its stages; ValueError in one line if that fails."""
     net.stage_reader = reader_of(Stages(net, example, taps, classifier))
@@ -155,7 +167,7 @@ def copied_branches(net: nn.Module, stages: Stages, fresh: Callable[[], nn.Modul
     """Return the modules of each branch, parts of a new network each."""
     branches = []
     for tap in stages.taps:
-        source = fresh() if fresh is not None else reset_copy(net)
+        source = (fresh() if fresh is not None else reset_copy(net)).requires_grad_(True)
         constants = {name: value for name, value in vars(net).items() if name.startswith("_tensor_constant")}
         vars(source).update(constants)  # tensors that the forward pass makes, which torch.fx stores on the network
         ways = [(tap, stages.embedding)]
@@ -196,7 +208,7 @@ def reset_copy(net: nn.Module) -> nn.Module:
     for module in found.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    return found.requires_grad_(True)
+    return found
 
 
 def warn_of_kept_values(branches: list[list[nn.Module]]) -> None:

@@ -12,7 +12,7 @@ LIBRARY_HEADS = re.compile(r"(aux[12]|AuxLogits)\.")  # GoogLeNet's and Inceptio
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 DENSENETS = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")  # torchvision's files are older than its names
 COUNTERS = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$")  # thop's and AveragedModel's: no weights
-EMA_KEYS = ("state_dict_ema", "model_ema")  # timm's and torchvision's training scripts'
+EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # timm's, torchvision's and others' scripts'
 WEIGHT_KEYS = ("net", "state_dict", "model")  # the authors', most others', the CRD and mdistiller teacher zoos'
 
 
@@ -91,7 +91,8 @@ def widths(state: dict[str, Tensor], num_classes: int | None = None) -> tuple[in
     # SqueezeNet's classifier is a 1 x 1 convolution.
     matrices = {key: value for key, value in own.items() if value.dim() == 2} or own
     plain = [key for key in matrices if HEAD_WEIGHT.search(key)] or list(matrices)
-    if list(state) == sorted(state):  # safetensors: the last key need not be the last layer, the outermost may
+    names = [key for key, value in state.items() if value.is_floating_point()]
+    if names == sorted(names):  # safetensors: the last key need not be the last layer, the outermost may
         plain = [key for key in plain if key.count(".") == min(key.count(".") for key in plain)]
     classes = num_classes or (len(matrices[plain[-1]]) if plain else 0)
     if not classes:
@@ -122,9 +123,13 @@ def part_of(state: dict[str, Tensor], expected: dict[str, Tensor], net: int = 1)
 
 
 def keep_classifier(state: dict[str, Tensor], own: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
-    """Return `state` with a network's `own` classifier in place of one of another number of `classes`."""
+    """Return `state` with a network's `own` classifier in place of one of another number of `classes`, or of none."""
     others = [name for name in state.keys() & own.keys() if state[name].shape != own[name].shape]
     last = [name for name in others if [classes, *own[name].shape[1:]] == list(state[name].shape)]
+    missing = {name for name in own if name not in state and not name.endswith("num_batches_tracked")}
+    matrices = [name.removesuffix("weight") for name, value in own.items() if value.dim() == 2]
+    if missing <= {f"{layer}{kind}" for layer in matrices[-1:] for kind in ("weight", "bias")}:
+        last += missing
     return {**state, **{name: own[name] for name in last}}
 
 
@@ -142,6 +147,8 @@ def load(model: nn.Module, state: dict[str, Tensor]) -> None:
         outer = sorted({key.partition(".")[0] for key in state})
         if len(unexpected) == len(state) and 1 < len(outer) < 4:  # such as a student and its teacher
             listed += f"; --weights-key chooses of {', '.join(outer)}"
+        if any("pos" in key for key in wrong):  # of a ViT or a Swin
+            listed += "; --image-size chooses the size that a network is built for"
         raise ValueError(f"weights do not fit {getattr(model, 'arch', type(model).__name__)}: {listed}")
     expected.update(state)  # and not a plain dict: it knows the versions of modules, which MNASNet asks for
     model.load_state_dict(expected, strict=True)

@@ -180,7 +180,7 @@ def require_aux(parser: Parser, args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if not models.is_aux(value):
-            near = f"{value}_aux" if f"{value}_aux" in models.names() else "wrn_16_2_aux"
+            near = f"{value}_aux" if models.is_aux(f"{value}_aux") else "wrn_16_2_aux"
             parser.error(f"--{name} {value} has no auxiliary classifiers: use one such as {near}")
 
 

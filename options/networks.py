@@ -44,12 +44,13 @@ def create(
         network = models.create(name, num_classes, rotations, size=size, **shaping)
         if models.is_external(name) and not models.is_aux(name):
             with torch.no_grad():  # what the network says of images of this size, in its own words
-                network.eval()(torch.zeros(1, 3, size, size))
+                models.check_outputs(network.eval()(torch.zeros(1, 3, size, size)), num_classes)
             network.train()
             with contextlib.suppress(ValueError):  # methods that read no stages train it all the same
                 models.read_stages(network, torch.zeros(1, 3, size, size))
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
-        advice = "; --method kd and dkd need no branches" if isinstance(error, TraceError) else ""
+        cut = isinstance(error, TraceError) and "not logits" not in str(error)
+        advice = "; --method kd and dkd need no branches" if cut else ""
         raise UserError(f"{name}, images of {size} pixels: {first_line(error)}{advice}") from None
     if models.is_external(name) and models.is_aux(name) and checkpoint is None:  # it is to be trained
         print_costs(name, branch_costs(name, num_classes, size, rotations=rotations, **shaping))
@@ -90,6 +91,7 @@ def named(arch: str | None, checkpoint: Checkpoint, net: int | None = None) -> s
     if models.is_file(name) and not arch:
         raise UserError(f"{checkpoint.path} is of {name}: to run that file, name it with --arch")
     try:
-        return f"{models.backbone_name(name, net or checkpoint.best_net or 1)}_aux" if models.is_pair(name) else name
+        plain = models.backbone_name(name, net or checkpoint.best_net or 1)
     except ValueError as error:
         raise UserError(f"{checkpoint.path}: {error}") from None
+    return f"{plain}_aux" if models.is_pair(name) else name

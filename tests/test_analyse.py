@@ -18,7 +18,7 @@ from scripts import QUICK, QUICK_RUN, WORLD, run, save_teacher
 from tools import analyse, sections
 from tools.measures import Answers, agreement, ask, by_class, confusion, divergence, overview, reliability
 from tools.sections import EXTREMES
-from utils import Checkpoint
+from utils import Checkpoint, UserError
 
 
 def answers(rows, name="a"):
@@ -118,6 +118,20 @@ def test_networks_are_made_as_recorded_and_see_their_own_normalisation(tmp_path)
         expected = network.eval()((images * std + mean - 0.1) / 0.2)[0]
         torch.testing.assert_close(found(images)[0], expected, rtol=1e-3, atol=1e-3)
     assert analyse.names_of([file, Checkpoint(save_teacher(tmp_path / "teacher.pth"))]) == ["light", "teacher (2)"]
+
+
+def test_test_images_of_other_classes_are_refused(tmp_path):
+    words = [
+        "--weights",
+        save_teacher(tmp_path / "a.pth", num_classes=9),
+        "--arch",
+        "resnet8_aux",
+        "--dataset",
+        "digits",
+    ]
+    words += ["--teacher", save_teacher(tmp_path / "t.pth"), "--tarch", "resnet8_aux", "--out", "page.html"]
+    with pytest.raises(UserError, match="9 classes, but digits has 10"):
+        analyse.main(analyse.parse_args([*map(str, words)]), WORLD)
 
 
 @pytest.mark.slow

@@ -186,6 +186,7 @@ def mistakes(weights, tmp_path):
     yield ["--weights", tmp_path / "foreign.pth", *common[2:], *reading], "--dataset"
     yield ["--weights", tmp_path / "foreign.pth", *common[2:], *reading, "--dataset", "digits"], "4 classes"
     yield [*common[:3], tmp_path / "none" / "file"], "cannot write"
+    yield [*common, "--images", tmp_path / "none"], "no readable images"
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
@@ -193,7 +194,8 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     torch.save(models.create("resnet8", 4).state_dict(), tmp_path / "foreign.pth")
     for argv, said in mistakes(weights, tmp_path):
         assert status("export", *argv) == 2, argv
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("no GPU")]
+        noise = ("no GPU", "skipped")
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(noise)]
         assert said in line
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert status("export", "--weights", weights, "--output", tmp_path / "file") == 2

@@ -171,6 +171,70 @@ def test_copies_state_dicts_and_compilation():
     torch.testing.assert_close(compiled(images), network(images))
 
 
+FILES = """
+import torch
+from torch import nn
+
+
+class Lazy(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        conv = lambda width: nn.Sequential(nn.LazyConv2d(width, 3, 2, 1), nn.ReLU())
+        self.stages, self.fc = nn.Sequential(conv(4), conv(8), conv(16)), nn.LazyLinear(num_classes)
+
+    def forward(self, images):
+        return self.fc(self.stages(images).mean((2, 3)))
+
+
+class Features(Lazy):
+    def forward(self, images):
+        return super().forward(images), {"features": images}
+
+
+class Named(Lazy):
+    def forward(self, images):
+        return {"logits": super().forward(images)}
+
+
+def frozen(num_classes):
+    net = Lazy(num_classes)
+    net(torch.zeros(1, 3, 32, 32))
+    net.stages.requires_grad_(False)
+    return net
+
+
+def fixed(num_classes):
+    return Lazy(7)
+
+
+def unnamed():
+    return Lazy(7)
+"""
+
+
+def test_files_of_several_habits(tmp_path, capsys):
+    """Lazy layers, frozen stages; outputs of another form and other arguments end in one line."""
+    (tmp_path / "nets.py").write_text(FILES)
+    for name in ("Lazy", "frozen"):
+        network = models.create(f"{tmp_path}/nets.py:{name}_aux", 10, size=32)
+        assert all(weight.requires_grad for weight in network.auxiliary_classifier.parameters())
+    said = {"Features": "returns a tuple, not logits", "Named": "returns a dict, not logits"}
+    said |= {"fixed": "7 logits for 10 classes", "unnamed": "num_classes"}
+    torch.save(models.create(f"{tmp_path}/nets.py:frozen", 10).state_dict(), tmp_path / "w.pth")
+    for name, words in said.items():
+        arch = f"{tmp_path}/nets.py:{name}"
+        assert status("train_baseline_cifar", *QUICK_RUN, "--arch", arch, "--checkpoint-dir", tmp_path) == 2
+        assert words in capsys.readouterr().err
+        reading = ("--arch", arch, "--image-size", 32, "--mean", 0.5, "--std", 0.5)
+        assert status("predict", tmp_path / "none.png", "--weights", tmp_path / "w.pth", *reading) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_names_are_found_in_the_libraries():
+    with pytest.raises(ValueError, match="nearest: torchvision/mobilenet_v2"):
+        models.create("mobilenet_v2", 10)
+
+
 def test_number_of_taps():
     assert list(tiny_aux(taps=2).backbone.stage_reader.taps) == ["stage2", "stage3"]
 

@@ -283,6 +283,38 @@ def test_an_epoch_cut_short_on_a_plain_loader_begins_anew():
     assert rates == pytest.approx([0.025, 0.05, 0.025, 0.05, 0.075, 0.1])
 
 
+@pytest.mark.parametrize("method", [methods.KD, methods.HSAKD])
+def test_labels_may_be_probabilities_or_bytes(method):
+    """As of MixUp, and of numpy's arrays; a step on labels 0 and 1 is the same for each form."""
+    losses = []
+    for kind in ("int64", "uint8", "mixed"):
+        labels = torch.arange(100) % 100
+        labels = torch.eye(100) if kind == "mixed" else labels.to(getattr(torch, kind))
+        images = TensorDataset(torch.randn(100, 3, 8, 8, generator=torch.Generator().manual_seed(0)), labels)
+        torch.manual_seed(0)
+        student, teacher = models.create("resnet8_aux", 100), models.create("resnet8_aux", 100)
+        if method is methods.KD:
+            student, teacher = student.backbone, teacher.backbone
+        test = TensorDataset(images.tensors[0], (torch.arange(100) % 100).to(torch.uint8))
+        made = Trainer(
+            student, method(teacher), train=DataLoader(images, 50), test=DataLoader(test, 50), epochs=1, amp="off"
+        )
+        made.train_epoch(0, None)
+        losses.append(made.totals.means())
+        made.tests(student, heads=True)
+    assert losses[0] == losses[1] and losses[0] == pytest.approx(losses[2])
+
+
+def test_loaders_of_other_forms_are_one_line():
+    common = {"test": loader(8), "epochs": 1, "amp": "off"}
+    empty = DataLoader(loader(8).dataset, 16, drop_last=True)
+    with pytest.raises(utils.UserError, match="without batches"):
+        Trainer(Small(), methods.Supervised(), train=empty, **common).fit()
+    named = [{"image": torch.zeros(3, 8, 8), "label": 0}] * 8
+    with pytest.raises(utils.UserError, match="not a dict"):
+        Trainer(Small(), methods.Supervised(), train=DataLoader(named, 4), **common).fit()
+
+
 def test_parts_of_a_batch_are_of_two_images_at_least():
     made = Trainer(Small(), methods.Supervised(), train=loader(8), test=loader(8), epochs=1, accumulate=4)
     for count, expected in ((1, [1]), (3, [3]), (5, [2, 3]), (8, [2] * 4), (10, [3, 3, 4])):

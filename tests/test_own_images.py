@@ -296,7 +296,7 @@ def test_numbered_classes_are_ordered_by_a_list(tmp_path, capsys):
     assert imagesets.load_test("imagefolder", tmp_path, class_names=["a", "b", "c", "d"]).classes == data.classes
 
 
-def test_a_share_of_the_images_is_the_test_if_there_is_none(tmp_path):
+def test_a_share_of_the_images_is_the_test_if_there_is_none(tmp_path, capsys):
     for name in ("cat", "dog"):
         write_images(tmp_path / "train" / name, [(16, 16)] * 10, seed=len(name) + ord(name[0]))
     data = load(tmp_path, test_split=0.2, seed=5)
@@ -308,6 +308,17 @@ def test_a_share_of_the_images_is_the_test_if_there_is_none(tmp_path):
         (tmp_path / "train" / name).rename(tmp_path / name)  # the classes need no folder of their own
     (tmp_path / "train").rmdir()
     assert load(tmp_path, test_split=0.2).info["images"] == 16
+    assert "WARNING" not in capsys.readouterr().err.upper()
+    (tmp_path / "cat" / "0.png").unlink()
+    imagesets.load_test("imagefolder", tmp_path, **imagesets.recorded(data.info))
+    assert "may have been trained on" in capsys.readouterr().err
+
+
+def test_one_class_is_named(tmp_path, capsys):
+    """As of a folder one level too high."""
+    write_images(tmp_path / "flowers" / "rose", [(16, 16)] * 10)
+    load(tmp_path, test_split=0.2)
+    assert "one class, flowers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keep", ["memory", "files"])

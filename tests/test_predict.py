@@ -94,7 +94,7 @@ def test_every_form_says_the_same(photos, capsys, monkeypatch):
 def test_unreadable_images_are_named_and_skipped(photos, tmp_path, capsys):
     folder, path = photos
     (tmp_path / "broken.jpg").write_text("no image")
-    (tmp_path / "notes.txt").write_text("not looked at")
+    (tmp_path / "IMG_1.HEIC").write_text("of a format that is not installed")
     (tmp_path / ".hidden.png").write_text("not looked at")
     (tmp_path / "link").symlink_to(folder / "val" / "dog")
     (tmp_path / "good.png").write_bytes((folder / "val" / "cat" / "0.png").read_bytes())
@@ -102,7 +102,7 @@ def test_unreadable_images_are_named_and_skipped(photos, tmp_path, capsys):
     out, error = capsys.readouterr()
     found, *linked = [entry["image"] for entry in json.loads(out)]
     assert found == str(tmp_path / "good.png") and len(linked) == len(list((folder / "val" / "dog").iterdir()))
-    assert "broken.jpg" in error and "missing.png" in error and "notes" not in error and "hidden" not in error
+    assert "broken.jpg" in error and "missing.png" in error and "1 .HEIC" in error and "hidden" not in error
 
 
 def test_foreign_weights_take_everything_by_flag(photos, tmp_path, capsys):

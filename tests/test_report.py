@@ -118,6 +118,13 @@ def test_a_copy_of_the_teacher_says_it_too(tmp_path):
     assert row["method"] == "hsakd"
 
 
+def test_an_assistant_is_no_jointly_trained_teacher(tmp_path):
+    assistant = write_run(tmp_path / "first", "a", [1.0])
+    write_run(tmp_path / "second", "s", [1.0], tcheckpoint=str(assistant / "wrn.pth.tar"))
+    (row,) = rows_of(tmp_path / "second")
+    assert row["method"] == "hsakd"
+
+
 def test_somebody_elses_plain_teacher_is_no_joint_one(tmp_path):
     torch.save({"state_dict": {"module.fc.weight": torch.ones(2, 2)}}, tmp_path / "zoo.pth")
     write_run(tmp_path / "students", "s", [1.0], method="kd", tcheckpoint=str(tmp_path / "zoo.pth"))

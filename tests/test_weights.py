@@ -133,6 +133,7 @@ WRAPPINGS = {
         "model": zeroed(state),
         "model_ema": {"n_averaged": torch.tensor(3), **prefixed("module.", state)},
     },
+    "another EMA": lambda state: {"state_dict": zeroed(state), "ema_state_dict": state},
     "no counts": lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
 }
 
@@ -191,6 +192,7 @@ def test_a_file_has_several_names(path):
 def test_numbers_of_either_numpy(path):
     """numpy 1 calls the module of its scalars and arrays numpy.core, numpy 2 numpy._core."""
     content = {**small().state_dict(), "acc": np.float64(76.5), "epoch": np.array([3])}
+    content |= {"random": np.zeros(2, np.uint32), "names": np.array(["a", "b"])}
     torch.save(content, path, _use_new_zipfile_serialization=False)
     content, names = path.read_bytes(), (b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n")
     assert any(name in content for name in names)
@@ -226,6 +228,27 @@ def test_classes_and_rotations_of_a_librarys_network(name, path):
     assert Checkpoint(path).widths == (7, 4)
     save_file({"head.weight": torch.ones(7, 8), "layers.0.mlp.fc2.weight": torch.ones(8, 16)}, path)  # sorted by name
     assert Checkpoint(path).widths == (7, None)
+
+
+def test_the_classifier_of_safetensors_is_the_outermost_layer(path):
+    """Its keys are sorted by type, then by name."""
+    state = {"a.linear.weight": torch.ones(6, 4), "head.weight": torch.ones(3, 4), "z.linear.weight": torch.ones(6, 4)}
+    save_file({**state, "norm.num_batches_tracked": torch.tensor(1)}, path)
+    assert Checkpoint(path).num_classes == 3
+
+
+def test_weights_without_a_classifier_start_a_network(path):
+    """As those of self-supervised training; another layer may not be missing."""
+    state = small(1, "resnet8").state_dict()
+    torch.save({name: value for name, value in state.items() if not name.startswith("fc.")}, path)
+    network = small(2, "resnet8")
+    Checkpoint(path).load_into(network, renew=True)
+    assert torch.equal(network.conv1.weight, state["conv1.weight"]) and not torch.equal(
+        network.fc.weight, state["fc.weight"]
+    )
+    torch.save({name: value for name, value in state.items() if not name.startswith("bn1.")}, path)
+    with pytest.raises(UserError, match="missing: bn1.weight"):
+        Checkpoint(path).load_into(network, renew=True)
 
 
 def test_teachers_of_the_wrong_kind(path):

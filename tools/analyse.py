@@ -91,7 +91,10 @@ def main(args, world) -> None:
         raise UserError(f"{args.weights[0]} does not say what it was trained on: name it with --dataset")
     info = students[0].info
     reading = {**options.own_reading(name_of(students[0], args.arch), info), **imagesets.recorded(info)}
-    batches = imagesets.load_test(data, args.data, **reading)
+    batches = imagesets.load_test(data, args.data, skip_bad_images=True, **reading)
+    for file in (*students, teacher):
+        if file.num_classes != len(batches.classes):
+            raise UserError(f"{file.path}: {file.num_classes} classes, but {data} has {len(batches.classes)}")
 
     def answers(name: str, checkpoint: Checkpoint, arch: str | None) -> tuple[Answers, Tensor]:
         network = network_of(args, checkpoint, arch, batches).to(world.device)

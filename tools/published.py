@@ -62,8 +62,8 @@ def has_joint_teacher(args: dict) -> bool:
     if not args.get("tcheckpoint") or not args["tarch"].endswith("_aux"):
         return False
     source = source_args(args["tcheckpoint"])
-    baseline = str(source.get("script")).startswith("train_baseline")
-    return not (baseline or source.get("freezed") or source.get("rotations") == 1)
+    other = not Path(source.get("script") or "train_teacher").name.startswith("train_teacher")  # such as an assistant's
+    return not (other or source.get("freezed") or source.get("rotations") == 1)
 
 
 def plain(arch: str) -> str:
@@ -86,6 +86,8 @@ def published() -> dict[tuple, float | list]:
 
 def lookup(label: Label) -> str:
     """Return the published top-1 of what a run trained, empty if there is none."""
+    if "+" in label.network:  # a pair of two different networks
+        return ""
     kind = label.script.removeprefix("train_").split("_")[0]
     network = " -> ".join(plain(name) for name in label.network.split(" -> "))
     starred = label.method.endswith("*")

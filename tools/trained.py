@@ -15,12 +15,12 @@ import imagesets
 import models
 import options
 import utils
-from imagesets.folders import ENDINGS
+from imagesets.folders import ENDINGS, not_images
 from imagesets.from_files import Reader
 from imagesets.images import ImageSet, header
 from options.parser import line_list
 from training import speed
-from utils import Checkpoint, UserError, World
+from utils import Checkpoint, UserError, World, warn
 
 
 def add_weights(parser: options.Parser) -> None:
@@ -133,9 +133,9 @@ def create(arch: str, num_classes: int, size: int) -> nn.Module:
     """Return a plain network in evaluation mode; UserError, in its own words, if it refuses images of `size` pixels."""
     try:
         network = models.create(arch, num_classes, size=size).eval()
-        network(torch.zeros(1, 3, size, size))
+        models.check_outputs(network(torch.zeros(1, 3, size, size)), num_classes, plain=True)
         return network
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise UserError(f"{arch}, images of {size} pixels: {utils.first_line(error)}") from None
 
 
@@ -152,8 +152,11 @@ def image_files(places: list[str]) -> list[str]:
         walked = os.walk(place, followlinks=True)
         below = sorted(path for root, _, names in walked for name in names if (path := Path(root, name)).is_file())
         shown = [path for path in below if not any(part.startswith(".") for part in path.relative_to(place).parts)]
-        images = [str(path) for path in shown if path.suffix.lower() in ENDINGS or header(str(path))]
+        images = {path: None for path in shown if path.suffix.lower() in ENDINGS or header(str(path))}
+        others = not_images(path for path in shown if path not in images)
         if not images:
-            raise UserError(f"no images in {place}")
-        found += images
+            raise UserError(f"no images in {place}{others}")
+        if others:
+            warn(f"{place}: images: {len(images)}{others}")
+        found += map(str, images)
     return found

@@ -128,6 +128,8 @@ def relaunch(args: argparse.Namespace, argv: list[str]) -> int:
     where += [f"--master-addr={address[1]}", f"--master-port={address[2]}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cores() // processes, 1)))
     logging.disable(logging.ERROR)  # torchrun's own: the processes print what went wrong
+    if hasattr(signal, "SIGHUP") and signal.SIGHUP not in stop_signals():  # nohup: torchrun would handle it again
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     if hasattr(signal, "SIGUSR1"):  # torchrun hands SIGTERM on to its processes, but not always SIGUSR1
         signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
@@ -157,7 +159,8 @@ def explained(error: Exception) -> tuple[str, int] | None:
         return f"{error.filename or 'output'}: {error.strerror}", 2
     if isinstance(error, dist.DistError) or "gloo/" in str(error):
         silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-        return f"another process {'did not answer within --dist-timeout' if silent else 'has ended'}", 1
+        said = "did not answer within --dist-timeout" if silent else "has ended, or cannot be reached"
+        return f"another process {said} ({' '.join(str(error).split())[-300:]})", 1  # NCCL's cause is its last line
     return None
 
 

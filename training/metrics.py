@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from methods.base import rotations_of, split_outputs
 from models import MutualPair, backbone_of
 from training.distributed import sum_over_ranks
 from training.precision import autocast
-from utils import unwrap
+from utils import UserError, unwrap
 
 
 class Totals:
@@ -96,6 +96,13 @@ def head_hits(aux_logits: list[Tensor], labels: Tensor, rotations: int, upright:
     return found
 
 
+def parts_of(batch: Any) -> Sequence:
+    """Return a loader's batch, (images, labels, ...); UserError for one of another form, such as a dict."""
+    if isinstance(batch, (tuple, list)):
+        return batch
+    raise UserError(f"a batch is (images, labels) or (images, labels, index), not a {type(batch).__name__}")
+
+
 @torch.no_grad()
 def training_sums(terms: dict[str, Tensor], trained: list[Outputs], labels: Tensor) -> dict[str, Tensor]:
     """Return name -> sum over the batch of each loss term (and `loss`) and of each classifier's hits, in percent.
@@ -103,6 +110,7 @@ def training_sums(terms: dict[str, Tensor], trained: list[Outputs], labels: Tens
     `trained` are the outputs of each trained network, the class logits of un-rotated rows alone.
     """
     count = len(labels)
+    labels = labels.argmax(1) if labels.ndim == 2 else labels  # probabilities, as of MixUp
     sums = {"loss": sum(terms.values()).detach() * count}
     sums.update({name: value.detach() * count for name, value in terms.items()})
     for number, (logits, aux_logits, *_) in enumerate(trained, 1):
@@ -168,7 +176,8 @@ def evaluate(
     # Heads see every view of an image: in so many parts a batch takes no more memory than without them.
     parts = max(getattr(network, "rotations", 1) for network in modes) if heads else 1
     for batch in batches:
-        for images, labels in zip(*(whole.to(device).chunk(parts) for whole in batch[:2]), strict=True):
+        for images, labels in zip(*(whole.to(device).chunk(parts) for whole in parts_of(batch)[:2]), strict=True):
+            labels = labels.long()
             with autocast(device, dtype):
                 sums = {}
                 for prefix, network in found.items():

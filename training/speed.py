@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import models
 from training.metrics import networks as networks_of
+from training.metrics import parts_of
 
 
 def inference_copy(teacher: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
@@ -34,7 +35,8 @@ def common_layout(networks: Iterable[nn.Module], batches: Iterable) -> torch.mem
         members = networks_of(network).values()
         if all(isinstance(models.backbone_of(member), models.Backbone) for member in members):
             continue
-        images = next(iter(batches))[0][:2].to(memory_format=torch.channels_last) if images is None else images
+        if images is None:
+            images = parts_of(next(iter(batches)))[0][:2].to(memory_format=torch.channels_last)
         try:
             with torch.no_grad():
                 device = next(network.parameters(), images).device

@@ -14,7 +14,7 @@ from methods import Objective
 from methods.base import split_outputs
 from models.adapted import Adapted, Statistics
 from training import state
-from training.metrics import Totals, class_logits, evaluate, hits, networks
+from training.metrics import Totals, class_logits, evaluate, hits, networks, parts_of
 from training.precision import autocast, type_name
 from utils import Checkpoint, UserError, load_weights, print_main, warn
 
@@ -43,13 +43,14 @@ def suited(
 ) -> nn.Module:
     """Return a network of a file, wrapped if its normalisation or its order of classes is not that of test `batches`.
 
-    Its own statistics are `mean` and `std`, or else those that the file records, those that a library's network was
-    made for, or those of the batches.
+    Its own statistics are `mean` and `std`, or else those that the file records, or else those of the batches; on
+    images without published ones, those that a library's network was made for.
     """
-    imagesets.warn_of_other_data(checkpoint.info, batches, checkpoint.path)
+    warn_of_other_images(network, checkpoint, batches)
     given = tuple(map(tuple, batches.statistics))
     known = dict(zip(("mean", "std"), given, strict=True))
-    known |= {**options.own_statistics(network.arch), **imagesets.recorded(checkpoint.info)}
+    published = given in imagesets.STATISTICS.values()
+    known |= {**({} if published else options.own_statistics(network.arch)), **imagesets.recorded(checkpoint.info)}
     own = tuple(mean or known["mean"]), tuple(std or known["std"])
     order = class_order(known.get("class_names"), batches.classes)
     if own != given:
@@ -57,6 +58,16 @@ def suited(
     if order:
         print_main(f"{name}'s classes are matched by name: it has them in another order")
     return Adapted(network, given, own, order) if order or own != given else network
+
+
+def warn_of_other_images(network: nn.Module, checkpoint: Checkpoint, batches: Any, renewed: bool = False) -> None:
+    """Warn if weights were trained on images of another size, or, unless the classifier is `renewed`, other classes."""
+    info = {name: value for name, value in checkpoint.info.items() if name != "class_names" or not renewed}
+    imagesets.warn_of_other_data(info, batches, checkpoint.path)
+    usual = options.own_reading(network.arch, info).get("size")
+    if "size" not in info and usual not in (None, batches.size):
+        made = f"{network.arch} was made for images of {usual} pixels a side"
+        warn(f"warning: {checkpoint.path}: does not record its size: {made}, these have {batches.size}")
 
 
 def shown(statistics: Statistics) -> str:
@@ -93,12 +104,10 @@ def load_backbone(
             last = [layer for layer in layers if len(layer.weight) == data.num_classes][-1]
             last.load_state_dict({name: value[order] for name, value in last.state_dict().items()})
     if renewed:
-        classes = f"the weights have {checkpoint.num_classes} classes, the images {data.num_classes}"
-        print_main(f"{checkpoint.path}: a new classifier, since {classes}")
+        print_main(f"{checkpoint.path}: the classifier is new: the weights have none of {data.num_classes} classes")
     elif order:
         print_main(f"{checkpoint.path}: the classes are matched by name: the weights have them in another order")
-    info = {name: value for name, value in checkpoint.info.items() if name != "class_names" or not renewed}
-    imagesets.warn_of_other_data(info, data.test, checkpoint.path)
+    warn_of_other_images(backbone, checkpoint, data.test, renewed)
     own = statistics_of({**data.info, **known})
     if own != statistics_of(data.info):
         warn(f"warning: {checkpoint.path}: trained on images with another normalisation, {shown(own)}")
@@ -148,7 +157,7 @@ def accuracy(trainer: "Trainer", network: nn.Module, heads: bool) -> tuple[dict[
     totals, device, mode = Totals(trainer.world.device), trainer.world.device, network.training
     network.eval()
     batches = trainer.test.some(TESTED) if hasattr(trainer.test, "some") else trainer.test
-    for images, labels in (batch[:2] for batch in batches):
+    for images, labels in (parts_of(batch)[:2] for batch in batches):
         labels = labels.to(device)
         with autocast(device, trainer.precision):
             logits, aux_logits, *_ = split_outputs(network(images.to(device)))

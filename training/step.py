@@ -91,7 +91,8 @@ class TrainingStep:
         """Return the parts of a batch, on the device and in the layout of the networks; of two images at least each."""
         device, overlaps = self.world.device, self.world.device.type == "cuda"  # Apple's GPUs may read freed memory
         images = batch.images.to(device, memory_format=self.layout, non_blocking=overlaps)
-        batch = batch._replace(images=images, labels=batch.labels.to(device, non_blocking=overlaps))
+        labels = batch.labels.to(device, non_blocking=overlaps)
+        batch = batch._replace(images=images, labels=labels if labels.is_floating_point() else labels.long())
         size = max(math.ceil(len(images) / self.accumulate), 2)
         bounds = [*range(0, max(len(images) - 1, 1), size), len(images)]
         return [batch.rows(slice(*pair)) for pair in itertools.pairwise(bounds)]

@@ -87,7 +87,8 @@ class TeacherCache:
             self.marks.unlink()
         for path, length in ((self.outputs, self.size), (self.marks, self.count * self.views)):
             if length_of(path) < length:
-                with open(path, "ab") as file:
+                path.touch()
+                with open(path, "r+b") as file:  # not to append, which glibc's emulation on NFS refuses
                     reserve = getattr(os, "posix_fallocate", lambda number, _, length: os.truncate(number, length))
                     reserve(file.fileno(), 0, length)
 

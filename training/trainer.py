@@ -14,7 +14,7 @@ import utils
 from methods import Batch, Objective
 from training import distributed, launch, speed, start, state, teacher_cache
 from training.ema import Average
-from training.metrics import Totals, best_line, evaluate, is_finite, peak_memory, summary
+from training.metrics import Totals, best_line, evaluate, is_finite, parts_of, peak_memory, summary
 from training.optim import Factory, optimizer_factory, rate_factor, set_rate
 from training.precision import resolve_precision, type_name
 from training.progress import Progress
@@ -157,6 +157,8 @@ class Trainer:
                 stack.callback(self.run.close)
             if self.evaluate:
                 return start.test_best(self)
+            if not all(len(loader) for loader in (self.train, self.val, self.test) if hasattr(loader, "__len__")):
+                raise UserError("a loader without batches: it has fewer images than a batch, and drop_last")
             distributed.set_timeout(self.dist_timeout)
             stop = stack.enter_context(launch.StopSignal()) if self.run else None
             log = RunLog(self.run, self.epoch) if self.run and self.world.is_main else None
@@ -221,7 +223,7 @@ class Trainer:
         if hasattr(sampler, "set_epoch"):  # DistributedSampler
             sampler.set_epoch(epoch)
         left = self.train.epoch(epoch, self.step_in_epoch) if self.resumable else iter(self.train)
-        for item in left:
+        for item in map(parts_of, left):
             index = item[2] if len(item) > 2 else None
             if index is None and self.objective.needs_index:
                 raise UserError(f"{self.objective.name} needs the images' numbers: (images, labels, index)")
