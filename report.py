@@ -24,7 +24,7 @@ COLUMNS = [
     *("last top-1", "best top-1", "images/s", "seconds", "published"),
 ]
 # Where a run was made does not set it apart from another, nor does its seed.
-NOT_SETTINGS = FREE_ARGUMENTS - {"epochs", "tcheckpoint", "pretrained_backbone", "s_path"} | {"manual_seed"}
+NOT_SETTINGS = FREE_ARGUMENTS - {"epochs", "tcheckpoint", "pretrained_backbone"} | {"manual_seed"}
 ALWAYS_SHOWN = {"limit_batches", "override"}  # also if all runs have it
 NEEDED = {"script", "arch", "dataset", "epochs", "manual_seed"}
 

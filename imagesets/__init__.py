@@ -67,7 +67,6 @@ def load(name: str, root: str = "./data", **settings: Any) -> Data:
     train, test = find(name, root, settings)
     if train is None:
         raise UserError(f"no training images: put them at {Path(root) / 'train'}/<class>/*")
-    whole = len(train) + len(test)
     train, held_out = split(train, settings)
     if train.in_memory:
         train = train.into_memory(settings)
@@ -85,7 +84,7 @@ def load(name: str, root: str = "./data", **settings: Any) -> Data:
     if name in folders.TESTS:
         info |= {"resize": train.resize, "keep": "memory" if train.in_memory else "files"}
         info |= {"test_split": settings.test_split, "grey_range": train.grey_range}
-        info |= {"split_of": whole} if settings.test_split else {}
+        info |= {"split_of": train.split_of} if train.split_of else {}
     val = test_batches(held_out, train.statistics, settings) if held_out else None
     test = test_batches(test, train.statistics, settings)
     return Data(batches, val, test, train.classes, batches.size, train.statistics, info)

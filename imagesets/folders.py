@@ -42,7 +42,7 @@ def find(name: str, root: Path, settings: Settings, test_alone: bool) -> tuple[I
         if settings.split_of not in (None, len(whole)):
             changed = f"{len(whole)} images, {settings.split_of} when the test images were drawn"
             warn(f"warning: {root}: {changed}: others are drawn now, and may have been trained on")
-        train, test = whole.stratified(1 - settings.test_split)
+        train, test = (replace(part, split_of=len(whole)) for part in whole.stratified(1 - settings.test_split))
     elif not test_folder:
         places = " or ".join(f"{root / part}/<class>/*" for part in TESTS[name] if part != "val_sorted")
         raise UserError(f"no images: put them at {root / 'train'}/<class>/* and {places}")

@@ -77,6 +77,7 @@ class ImageSet:
     margin: float = 1.0  # shorter side before the centre crop, in sizes
     grey_range: tuple[int, int] = (0, 65535)
     flip: bool = True  # whether a mirrored image keeps its class
+    split_of: int | None = None  # images of which tests were drawn, if they were
 
     def __len__(self):
         return len(self.labels)

@@ -8,6 +8,7 @@ is one of this package, `torchvision/NAME`, `timm/NAME` or `FILE.py:FUNCTION`; `
 import difflib
 
 import torch
+import torchvision
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -115,7 +116,8 @@ def _create_external(name: str, num_classes: int, rotations: int, size: int | No
             side = hub.default_size(bare, size)
             with torch.no_grad():
                 net.eval()(torch.zeros(1, 3, side, side))
-        return net.train()
+            net.train()
+        return net
 
     net = build()
     net.arch = bare
@@ -149,5 +151,7 @@ def _unknown(name: str) -> str:
     """Return one line that names the architectures nearest in spelling, whatever their case."""
     candidates = {known.lower(): known for known in names()}
     nearest = difflib.get_close_matches(name.lower(), candidates, n=5, cutoff=0.0)
-    listed = [*hub.having(name.removesuffix(_SUFFIX)), *(candidates[match] for match in nearest)]
+    listed = [candidates[match] for match in nearest]
+    if name.removesuffix(_SUFFIX) in torchvision.models.list_models(torchvision.models):
+        listed.insert(0, f"torchvision/{name}")
     return f"unknown architecture {name!r}; nearest: {', '.join(listed)}"

@@ -1,6 +1,5 @@
 """Networks of torchvision and timm by name (`torchvision/NAME`, `timm/NAME`), the user's own by `FILE.py:FUNCTION`."""
 
-import contextlib
 import difflib
 import functools
 import importlib.util
@@ -49,16 +48,6 @@ def check(name: str) -> None:
             return
     nearest = difflib.get_close_matches(bare.lower(), known, n=5, cutoff=0.0)
     raise ValueError(f"unknown network {name!r}; nearest: {', '.join(f'{library}/{other}' for other in nearest)}")
-
-
-def having(bare: str) -> list[str]:
-    """Return the names of the libraries' networks that are called `bare` there."""
-    found = []
-    for library in _LIBRARIES:
-        with contextlib.suppress(ValueError):
-            check(f"{library}/{bare}")
-            found.append(f"{library}/{bare}")
-    return found
 
 
 def base_name(name: str) -> str:

@@ -26,7 +26,7 @@ def find(content: dict, key: str | None = None) -> tuple[dict, str | None]:
     if not known:
         raise ValueError("holds no weights")
     if key is None:
-        ema = [name for name in EMA_KEYS if name in found]
+        ema = [name for name in EMA_KEYS if len(found.get(name, ())) >= len(found[known[0]])]  # not parameters alone
         if not ema and len(known) > 1 and known == list(found):
             raise ValueError(f"holds {', '.join(found)}: choose one with --weights-key")
         chosen = (ema or known)[0]

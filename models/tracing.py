@@ -28,7 +28,7 @@ class Trace:
         self.reasons = tracer.reasons
         self.output = next(iter(reversed(self.graph.nodes))).args[0]
         if not isinstance(self.output, fx.Node) or not isinstance(self.output.meta["value"], Tensor):
-            raise TraceError(
+            raise ValueError(
                 f"{type(net).__name__} returns a {type(self.output).__name__} of tensors, not logits (B, N)"
             )
         self.order = {node: index for index, node in enumerate(self.graph.nodes)}

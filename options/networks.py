@@ -42,15 +42,16 @@ def create(
     shaping = {key: value for key in flags if (value := (given or flags).get(key))}
     try:
         network = models.create(name, num_classes, rotations, size=size, **shaping)
-        if models.is_external(name) and not models.is_aux(name):
+        if models.is_external(name) and not models.is_aux(name) and not models.is_pair(name):
             with torch.no_grad():  # what the network says of images of this size, in its own words
-                models.check_outputs(network.eval()(torch.zeros(1, 3, size, size)), num_classes)
+                outputs = network.eval()(torch.zeros(1, 3, size, size))
+            if checkpoint is None:  # it is to be trained, and tested with its heads
+                models.check_outputs(outputs, num_classes)
             network.train()
             with contextlib.suppress(ValueError):  # methods that read no stages train it all the same
                 models.read_stages(network, torch.zeros(1, 3, size, size))
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
-        cut = isinstance(error, TraceError) and "not logits" not in str(error)
-        advice = "; --method kd and dkd need no branches" if cut else ""
+        advice = "; --method kd and dkd need no branches" if isinstance(error, TraceError) else ""
         raise UserError(f"{name}, images of {size} pixels: {first_line(error)}{advice}") from None
     if models.is_external(name) and models.is_aux(name) and checkpoint is None:  # it is to be trained
         print_costs(name, branch_costs(name, num_classes, size, rotations=rotations, **shaping))

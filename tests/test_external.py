@@ -221,6 +221,8 @@ def test_files_of_several_habits(tmp_path, capsys):
     said = {"Features": "returns a tuple, not logits", "Named": "returns a dict, not logits"}
     said |= {"fixed": "7 logits for 10 classes", "unnamed": "num_classes"}
     torch.save(models.create(f"{tmp_path}/nets.py:frozen", 10).state_dict(), tmp_path / "w.pth")
+    pair = ("--arch", f"{tmp_path}/nets.py:frozen", "--arch2", "resnet8", "--checkpoint-dir", tmp_path)
+    assert status("train_online_kd_cifar", *QUICK_RUN, *pair) == 0
     for name, words in said.items():
         arch = f"{tmp_path}/nets.py:{name}"
         assert status("train_baseline_cifar", *QUICK_RUN, "--arch", arch, "--checkpoint-dir", tmp_path) == 2

@@ -308,7 +308,7 @@ def test_labels_may_be_probabilities_or_bytes(method):
 def test_loaders_of_other_forms_are_one_line():
     common = {"test": loader(8), "epochs": 1, "amp": "off"}
     empty = DataLoader(loader(8).dataset, 16, drop_last=True)
-    with pytest.raises(utils.UserError, match="without batches"):
+    with pytest.raises(utils.UserError, match="no batches"):
         Trainer(Small(), methods.Supervised(), train=empty, **common).fit()
     named = [{"image": torch.zeros(3, 8, 8), "label": 0}] * 8
     with pytest.raises(utils.UserError, match="not a dict"):

@@ -134,6 +134,7 @@ WRAPPINGS = {
         "model_ema": {"n_averaged": torch.tensor(3), **prefixed("module.", state)},
     },
     "another EMA": lambda state: {"state_dict": zeroed(state), "ema_state_dict": state},
+    "no whole EMA": lambda state: {"state_dict": state, "ema": {"bn1.weight": torch.zeros(16)}},
     "no counts": lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
 }
 

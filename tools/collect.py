@@ -11,8 +11,7 @@ import options
 from training.run_folder import FREE_ARGUMENTS, read_json, read_log
 from utils import UserError, versions, warn
 
-# Of FREE_ARGUMENTS, for report.py.
-KEPT = {"epochs", "tcheckpoint", "pretrained_backbone", "s_path", "overrides", "image_set"}
+KEPT = {"epochs", "tcheckpoint", "pretrained_backbone", "overrides", "image_set"}  # of FREE_ARGUMENTS, for report.py
 
 
 def collect(name: str, folder: Path) -> dict:

@@ -16,7 +16,7 @@ from utils import UserError, replacing, save_checkpoint, warn
 FREE_ARGUMENTS = {
     *("data", "checkpoint_dir", "num_workers", "gpu_id", "resume", "evaluate", "epochs", "save_minutes", "digests"),
     *("dist_url", "dist_backend", "dist_timeout", "world_size", "rank", "multiprocessing_distributed"),
-    *("tcheckpoint", "teacher_cache", "pretrained_backbone", "s_path", "skip_bad_images"),
+    *("tcheckpoint", "teacher_cache", "pretrained_backbone", "skip_bad_images"),
     *("override", "overrides", "image_set", "tested"),
 }
 # Those that change a result by rounding alone: they may differ too.

@@ -43,14 +43,13 @@ def suited(
 ) -> nn.Module:
     """Return a network of a file, wrapped if its normalisation or its order of classes is not that of test `batches`.
 
-    Its own statistics are `mean` and `std`, or else those that the file records, or else those of the batches; on
-    images without published ones, those that a library's network was made for.
+    Its own statistics are `mean` and `std`, or else those that the file records, those that a library's network was
+    made for, or those of the batches.
     """
     warn_of_other_images(network, checkpoint, batches)
     given = tuple(map(tuple, batches.statistics))
     known = dict(zip(("mean", "std"), given, strict=True))
-    published = given in imagesets.STATISTICS.values()
-    known |= {**({} if published else options.own_statistics(network.arch)), **imagesets.recorded(checkpoint.info)}
+    known |= {**options.own_statistics(network.arch), **imagesets.recorded(checkpoint.info)}
     own = tuple(mean or known["mean"]), tuple(std or known["std"])
     order = class_order(known.get("class_names"), batches.classes)
     if own != given:
@@ -96,7 +95,7 @@ def load_backbone(
     order = class_order(known.get("class_names"), data.classes)
     for network in networks(model).values():
         backbone = models.backbone_of(network)
-        checkpoint.load_into(backbone, renew=renew)
+        checkpoint.load_into(backbone, renew=renew and renewed)
         if renewed:
             del backbone.source  # its classifier is not the file's: there is no accuracy to expect
         elif order:
@@ -104,7 +103,7 @@ def load_backbone(
             last = [layer for layer in layers if len(layer.weight) == data.num_classes][-1]
             last.load_state_dict({name: value[order] for name, value in last.state_dict().items()})
     if renewed:
-        print_main(f"{checkpoint.path}: the classifier is new: the weights have none of {data.num_classes} classes")
+        print_main(f"{checkpoint.path}: a new classifier: the weights have none for {data.num_classes} classes")
     elif order:
         print_main(f"{checkpoint.path}: the classes are matched by name: the weights have them in another order")
     warn_of_other_images(backbone, checkpoint, data.test, renewed)

@@ -123,7 +123,8 @@ def check_images(trainer: "Trainer", saved: Checkpoint) -> None:
 def resume(trainer: "Trainer", saved: Checkpoint) -> None:
     """Restore a run from its last checkpoint; UserError if that is another run's."""
     folder = trainer.run.path
-    if saved.content.get("info") != json_form(trainer.info):
+    now, then = json_form(trainer.info), saved.info  # which may be older than what is recorded now
+    if {name: now.get(name) for name in then} != then:
         raise UserError(f"--resume: the run in {folder} has other training images: use --tag")
     if saved.content.get("teacher_digest") != trainer.teacher_digest:
         raise UserError(f"--resume: the run in {folder} has a teacher of other weights: use --tag")

@@ -128,7 +128,7 @@ class Trainer:
         if type(objective).prepare is not Objective.prepare:
             self.model.eval()  # a look at its features leaves BatchNorm's statistics as they are
             count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
-            images = next(iter(self.train))[0][:2].to(device, memory_format=self.layout)
+            images = parts_of(next(iter(self.train)))[0][:2].to(device, memory_format=self.layout)
             try:
                 objective.prepare(self.model, images, count)
             except ValueError as error:  # networks that it cannot teach
@@ -157,8 +157,8 @@ class Trainer:
                 stack.callback(self.run.close)
             if self.evaluate:
                 return start.test_best(self)
-            if not all(len(loader) for loader in (self.train, self.val, self.test) if hasattr(loader, "__len__")):
-                raise UserError("a loader without batches: it has fewer images than a batch, and drop_last")
+            if not len(self.train):
+                raise UserError("the training loader has no batches (drop_last, with fewer images than a batch?)")
             distributed.set_timeout(self.dist_timeout)
             stop = stack.enter_context(launch.StopSignal()) if self.run else None
             log = RunLog(self.run, self.epoch) if self.run and self.world.is_main else None
