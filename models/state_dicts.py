@@ -1,6 +1,7 @@
 """The layouts of files of weights: find the state dict in a file's content, clean it, and load it."""
 
 import hashlib
+import math
 import os
 import re
 
@@ -64,11 +65,16 @@ def clean(state: dict) -> tuple[dict[str, Tensor], list[str]]:
         key = WRAPPERS.sub("", name)
         if COUNTERS.search(key):
             counters.append(key)
-        elif value.is_floating_point() and not value.float().isfinite().all():
+        elif value.is_floating_point() and not is_finite(value.float()):
             raise ValueError(f"{key} holds values that are not finite")
         else:
             weights[key] = value
     return weights, counters
+
+
+def is_finite(value: Tensor) -> Tensor:
+    """Return, as a scalar bool, whether a tensor is finite, or a mask of 0 and -inf as some networks of windows keep."""
+    return value.isfinite().all() | ((value == 0) | (value == -math.inf)).all()
 
 
 def digest(state: dict[str, Tensor]) -> str:

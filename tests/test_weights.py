@@ -349,3 +349,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(path):
     with full, pytest.raises(UserError, match="cannot write .*a.pth"):
         utils.save_checkpoint({"epoch": 2}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1} and [*path.parent.iterdir()] == [path]
+
+
+def test_a_mask_is_finite_and_a_diverged_weight_is_not(path):
+    """Networks of shifted windows keep masks of 0 and -inf as weights."""
+    for values, fits in (([0.0, -math.inf], True), ([1.0, -math.inf], False), ([0.0, math.nan], False)):
+        torch.save({**small().state_dict(), "mask": torch.tensor(values)}, path)
+        if fits:
+            assert "mask" in Checkpoint(path).state
+        else:
+            assert "not finite" in refused(path)

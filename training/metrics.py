@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from losses import joint_labels, rotate
 from methods import Outputs
 from methods.base import rotations_of, split_outputs
-from models import MutualPair, backbone_of
+from models import MutualPair, backbone_of, state_dicts
 from training.distributed import sum_over_ranks
 from training.precision import autocast
 from utils import UserError, unwrap
@@ -65,7 +65,7 @@ class Totals:
 
 def is_finite(model: nn.Module, totals: Totals) -> bool:
     """Return whether the weights, and the mean loss in `totals`, are finite."""
-    values = [value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()]
+    values = [state_dicts.is_finite(value) for value in model.state_dict().values() if value.is_floating_point()]
     # The scaler of float16 skips steps that are not finite: there the loss shows it.
     return math.isfinite(totals.means()["loss"]) and bool(torch.stack(values).all())
 
