@@ -73,7 +73,7 @@ def clean(state: dict) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def is_finite(value: Tensor) -> Tensor:
-    """Return, as a scalar bool, whether a tensor is finite, or a mask of 0 and -inf as some networks of windows keep."""
+    """Return whether a tensor is finite, or a mask of 0 and -inf as networks of windows keep, as a scalar bool."""
     return value.isfinite().all() | ((value == 0) | (value == -math.inf)).all()
 
 
