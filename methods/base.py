@@ -81,11 +81,14 @@ STANDARDIZE = Constant(False, "standardize both networks' logits before the temp
 
 
 def _fits(key: str, teacher: str | None, student: str | None) -> bool:
-    pairs = zip(key.split("->"), (teacher, student), strict=False)
-    return all(isinstance(arch, str) and _of_family(beginning, arch) for beginning, arch in pairs)
+    """Return whether the networks are of the families that a key names: of a teacher's, or of a teacher->student's."""
+    teachers, arrow, students = key.partition("->")
+    return _of_family(teachers, teacher) and (not arrow or _of_family(students, student))
 
 
-def _of_family(beginning: str, arch: str) -> bool:
+def _of_family(beginning: str, arch: str | None) -> bool:
+    if not isinstance(arch, str):
+        return False
     try:
         return models.is_imagenet(arch) if beginning == "imagenet" else models.backbone_name(arch).startswith(beginning)
     except ValueError:  # a network of the user's own, with a name of its own

@@ -65,14 +65,14 @@ def clean(state: dict) -> tuple[dict[str, Tensor], list[str]]:
         key = WRAPPERS.sub("", name)
         if COUNTERS.search(key):
             counters.append(key)
-        elif value.is_floating_point() and not is_finite(value.float()):
+        elif value.is_floating_point() and not finite_or_mask(value.float()):
             raise ValueError(f"{key} holds values that are not finite")
         else:
             weights[key] = value
     return weights, counters
 
 
-def is_finite(value: Tensor) -> Tensor:
+def finite_or_mask(value: Tensor) -> Tensor:
     """Return whether a tensor is finite, or a mask of 0 and -inf as networks of windows keep, as a scalar bool."""
     return value.isfinite().all() | ((value == 0) | (value == -math.inf)).all()
 

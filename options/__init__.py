@@ -162,9 +162,9 @@ def finish(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, default)
     if sorted(set(args.milestones)) != args.milestones:
         parser.error(f"--milestones must rise, got {' '.join(map(str, args.milestones))}")
-    first = [args.warmup_epoch + epoch for epoch in args.milestones[:1]]
-    if args.schedule == "multistep" and first and first[0] >= args.epochs > 1:
-        warn(f"--milestones: the first is {first[0]}, of {args.epochs} epochs: the learning rate is never lowered")
+    first = args.warmup_epoch + args.milestones[0]
+    if args.schedule == "multistep" and first >= args.epochs > 1:
+        warn(f"--milestones: the first is {first}, of {args.epochs} epochs: the learning rate is never lowered")
     return args
 
 

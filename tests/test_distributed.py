@@ -314,7 +314,8 @@ def test_the_device_of_a_process(gpus, mps, gpu_id, variables, expected, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    # Asked of a process whose GPU is named, it would take memory of another one.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("asked") if gpu_id else 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(os, "environ", os.environ | variables)
     with contextlib.nullcontext() if expected else pytest.raises(UserError):

@@ -36,6 +36,14 @@ CIFAR = {
     "label_smoothing": 0.0,
     "class_weights": None,
 }
+
+
+def test_milestones_that_are_never_reached_are_named(capsys):
+    for words, warned in ((("--epochs", 60), True), (("--epochs", 60, "--milestones", 38), False), ((), False)):
+        parsed("train_baseline_cifar", *words)
+        assert ("never lowered" in capsys.readouterr().err) == warned
+
+
 SHORT = {"epochs": 100, "milestones": [30, 60, 90]}
 IMAGENET = CIFAR | SHORT | {"dataset": "imagenet", "batch_size": 256, "init_lr": 0.1, "weight_decay": 1e-4}
 IMAGENET["nesterov"] = False

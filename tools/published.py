@@ -43,18 +43,18 @@ def label_of(args: dict) -> Label:
 @functools.cache
 def source_args(path: str) -> dict:
     """Return the arguments of the run that wrote the weights at `path`: from its args.json, the file, or the path."""
-    known, plain = read_json(Path(path).parent / "args.json"), {}
+    known, guess = read_json(Path(path).parent / "args.json"), {}
     if known is None and Path(path).is_file():  # a copy of weights, or somebody else's
         with suppress(UserError, ValueError):
             content = read_file(path)
             known = content.get("args")
             if not any("auxiliary_classifier" in name for name in state_dicts.find(content)[0]):
-                plain = {"script": "train_baseline"}
+                guess = {"script": "train_baseline"}
     if isinstance(known, dict):
         return known
     names = re.search(r"(train_\w+?)(?:_tarch_(\w+?))?_arch_(\w+)_dataset_([a-z0-9]+)", path)
     found = dict(zip(("script", "tarch", "arch", "dataset"), names.groups(), strict=True)) if names else {}
-    return plain | found | {"freezed": "freezed" in path, "rotations": 1 if "one_view" in path else 4}
+    return guess | found | {"freezed": "freezed" in path, "rotations": 1 if "one_view" in path else 4}
 
 
 def has_joint_teacher(args: dict) -> bool:

@@ -45,8 +45,10 @@ def pick_device(gpu_id: str | None, local_rank: int, size: int) -> torch.device:
         warn("no GPU found: running on the CPU")
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    chosen = [torch.cuda.current_device()] if size == 1 else list(range(count))  # a notebook may have set its own
-    ids = [int(number) for number in gpu_id.split(",")] if gpu_id else chosen
+    if gpu_id:
+        ids = [int(number) for number in gpu_id.split(",")]
+    else:
+        ids = [torch.cuda.current_device()] if size == 1 else list(range(count))  # a notebook may have set its own
     if max(ids) >= count:
         raise UserError(f"--gpu-id {gpu_id}: no GPU {max(ids)} here, GPUs 0 to {count - 1} are")
     if size == 1 and gpu_id and len(ids) > 1:

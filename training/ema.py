@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import state_dicts
 from utils import unwrap
@@ -21,27 +21,28 @@ class Average:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float):
         model = unwrap(model)
-        self.steps, self.top1 = 0, None  # so far; accuracy of the last test, in percent
+        self.top1: float | None = None  # of the last test, in percent
 
-        def average(own: list[Tensor], present: list[Tensor], _: Tensor | int) -> None:
+        def average(own: list[Tensor], present: list[Tensor], count: Tensor | int) -> None:
             """Take tensors of one type; counts and indices, which would be rounded down, have no average."""
             if own[0].is_floating_point():
                 kept = min(decay, (1 + self.steps) / (10 + self.steps))
-                torch._foreach_lerp_(own, present, 1 - kept)
+                get_ema_multi_avg_fn(kept)(own, present, count)
             else:
                 torch._foreach_copy_(own, present)
 
-        def update(*_: Any) -> None:
-            self.averaged.update_parameters(model)
-            self.steps += 1
-
         self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        optimizer.register_step_post_hook(update)
+        optimizer.register_step_post_hook(lambda *_: self.averaged.update_parameters(model))
 
     @property
     def model(self) -> nn.Module:
         """The network with the averaged weights."""
         return self.averaged.module
+
+    @property
+    def steps(self) -> int:
+        """The optimizer's steps so far; the count lies on the CPU."""
+        return int(self.averaged.n_averaged)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the average; whoever reads its weights prefers `state_dict_ema`."""
@@ -50,5 +51,5 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy what `state_dict` gave; a run without an average so far begins one at the next step."""
         state_dicts.load(self.model, state.get("state_dict_ema", state["net"]))
-        self.steps, self.top1 = state.get("ema_steps", 0), state.get("ema_acc", state["acc"])
-        self.averaged.n_averaged.fill_(self.steps)
+        self.averaged.n_averaged.fill_(state.get("ema_steps", 0))
+        self.top1 = state.get("ema_acc", state["acc"])

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from methods.base import rotations_of, split_outputs
 from models import MutualPair, backbone_of, state_dicts
 from training.distributed import sum_over_ranks
 from training.precision import autocast
-from utils import UserError, unwrap
+from utils import unwrap
 
 
 class Totals:
@@ -65,7 +65,7 @@ class Totals:
 
 def is_finite(model: nn.Module, totals: Totals) -> bool:
     """Return whether the weights, and the mean loss in `totals`, are finite."""
-    values = [state_dicts.is_finite(value) for value in model.state_dict().values() if value.is_floating_point()]
+    values = [state_dicts.finite_or_mask(value) for value in model.state_dict().values() if value.is_floating_point()]
     # The scaler of float16 skips steps that are not finite: there the loss shows it.
     return math.isfinite(totals.means()["loss"]) and bool(torch.stack(values).all())
 
@@ -94,13 +94,6 @@ def head_hits(aux_logits: list[Tensor], labels: Tensor, rotations: int, upright:
         if upright:
             found[f"aux{number}_upright"] = hits(by_class[::rotations], labels)
     return found
-
-
-def parts_of(batch: Any) -> Sequence:
-    """Return a loader's batch, (images, labels, ...); UserError for one of another form, such as a dict."""
-    if isinstance(batch, (tuple, list)):
-        return batch
-    raise UserError(f"a batch is (images, labels) or (images, labels, index), not a {type(batch).__name__}")
 
 
 @torch.no_grad()
@@ -176,7 +169,7 @@ def evaluate(
     # Heads see every view of an image: in so many parts a batch takes no more memory than without them.
     parts = max(getattr(network, "rotations", 1) for network in modes) if heads else 1
     for batch in batches:
-        for images, labels in zip(*(whole.to(device).chunk(parts) for whole in parts_of(batch)[:2]), strict=True):
+        for images, labels in zip(*(whole.to(device).chunk(parts) for whole in batch[:2]), strict=True):
             labels = labels.long()
             with autocast(device, dtype):
                 sums = {}

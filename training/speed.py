@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import models
 from training.metrics import networks as networks_of
-from training.metrics import parts_of
 
 
 def inference_copy(teacher: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
@@ -36,7 +35,7 @@ def common_layout(networks: Iterable[nn.Module], batches: Iterable) -> torch.mem
         if all(isinstance(models.backbone_of(member), models.Backbone) for member in members):
             continue
         if images is None:
-            images = parts_of(next(iter(batches)))[0][:2].to(memory_format=torch.channels_last)
+            images = next(iter(batches))[0][:2].to(memory_format=torch.channels_last)
         try:
             with torch.no_grad():
                 device = next(network.parameters(), images).device

@@ -14,7 +14,7 @@ from methods import Objective
 from methods.base import split_outputs
 from models.adapted import Adapted, Statistics
 from training import state
-from training.metrics import Totals, class_logits, evaluate, hits, networks, parts_of
+from training.metrics import Totals, class_logits, evaluate, hits, networks
 from training.precision import autocast, type_name
 from utils import Checkpoint, UserError, load_weights, print_main, warn
 
@@ -156,7 +156,7 @@ def accuracy(trainer: "Trainer", network: nn.Module, heads: bool) -> tuple[dict[
     totals, device, mode = Totals(trainer.world.device), trainer.world.device, network.training
     network.eval()
     batches = trainer.test.some(TESTED) if hasattr(trainer.test, "some") else trainer.test
-    for images, labels in (parts_of(batch)[:2] for batch in batches):
+    for images, labels in (batch[:2] for batch in batches):
         labels = labels.to(device)
         with autocast(device, trainer.precision):
             logits, aux_logits, *_ = split_outputs(network(images.to(device)))

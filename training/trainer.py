@@ -14,7 +14,7 @@ import utils
 from methods import Batch, Objective
 from training import distributed, launch, speed, start, state, teacher_cache
 from training.ema import Average
-from training.metrics import Totals, best_line, evaluate, is_finite, parts_of, peak_memory, summary
+from training.metrics import Totals, best_line, evaluate, is_finite, peak_memory, summary
 from training.optim import Factory, optimizer_factory, rate_factor, set_rate
 from training.precision import resolve_precision, type_name
 from training.progress import Progress
@@ -128,7 +128,7 @@ class Trainer:
         if type(objective).prepare is not Objective.prepare:
             self.model.eval()  # a look at its features leaves BatchNorm's statistics as they are
             count = getattr(self.train, "num_images", 0) or len(getattr(self.train, "dataset", ()))
-            images = parts_of(next(iter(self.train)))[0][:2].to(device, memory_format=self.layout)
+            images = next(iter(self.train))[0][:2].to(device, memory_format=self.layout)
             try:
                 objective.prepare(self.model, images, count)
             except ValueError as error:  # networks that it cannot teach
@@ -157,8 +157,6 @@ class Trainer:
                 stack.callback(self.run.close)
             if self.evaluate:
                 return start.test_best(self)
-            if not len(self.train):
-                raise UserError("the training loader has no batches (drop_last, with fewer images than a batch?)")
             distributed.set_timeout(self.dist_timeout)
             stop = stack.enter_context(launch.StopSignal()) if self.run else None
             log = RunLog(self.run, self.epoch) if self.run and self.world.is_main else None
@@ -223,7 +221,7 @@ class Trainer:
         if hasattr(sampler, "set_epoch"):  # DistributedSampler
             sampler.set_epoch(epoch)
         left = self.train.epoch(epoch, self.step_in_epoch) if self.resumable else iter(self.train)
-        for item in map(parts_of, left):
+        for item in left:
             index = item[2] if len(item) > 2 else None
             if index is None and self.objective.needs_index:
                 raise UserError(f"{self.objective.name} needs the images' numbers: (images, labels, index)")
