@@ -25,7 +25,6 @@ COMPARED = CALIBRATED = 512  # images
 
 
 def parse_args(argv=None):
-    """Parse the command line."""
     parser = options.Parser(__doc__, prog="export.py")
     trained.add_weights(parser)
     add = parser.add_argument_group("file").add_argument

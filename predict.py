@@ -18,11 +18,8 @@ from options.parser import gpu_ids
 from tools import trained
 from training import launch
 
-COLUMNS = ("image", "rank", "class", "probability")
-
 
 def parse_args(argv=None):
-    """Parse the command line."""
     parser = options.Parser(__doc__, prog="predict.py")
     parser.add_argument("images", nargs="+", type=options.path, metavar="IMAGE|FOLDER")
     trained.add_weights(parser)
@@ -43,7 +40,6 @@ def main(args, world):
     show = print_json if args.json else print_csv if args.csv else print_table
     show(found)
     if len(found) < len(paths):
-        sys.stdout.flush()
         sys.exit(1)
 
 
@@ -65,7 +61,7 @@ def print_json(found):
 def print_csv(found):
     """Print the predictions with a header, a line for each image and class."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(("image", "rank", "class", "probability"))
     writer.writerows((name, rank, *entry) for name, top in found for rank, entry in enumerate(top, 1))
 
 

@@ -27,6 +27,13 @@ COLUMNS = [
 NOT_SETTINGS = FREE_ARGUMENTS - {"epochs", "tcheckpoint", "pretrained_backbone"} | {"manual_seed"}
 ALWAYS_SHOWN = {"limit_batches", "override"}  # also if all runs have it
 NEEDED = {"script", "arch", "dataset", "epochs", "manual_seed"}
+CAPTION = (
+    "Top-1 in percent, mean±std (n - 1) over seeds; * = jointly trained teacher. last: after the last epoch, selected "
+    "by nothing. best: at the epoch selected on the test set, as in the published results; optimistic. With (val) it "
+    "was selected on held-out training images. seconds: of a whole run, by the median of its epochs, training and "
+    "tests. A mutual pair counts as its better network, chosen on the same images as the best epoch. Seeds in brackets "
+    "are unfinished and count only if no seed of their row is finished."
+)
 
 
 class Run(NamedTuple):
@@ -110,12 +117,6 @@ def mean_std(values) -> str:
     return f"{statistics.mean(values):.2f}" + (f"±{statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def best_top1(run: Run) -> float | None:
-    """Return the test top-1 of the epoch that the run selected."""
-    chosen = run.epochs[-1].get("best/epoch")
-    return next((entry.get("test/top1") for entry in run.epochs if entry["epoch"] == chosen), None)
-
-
 def make_row(label: Label, settings: str, runs: list[Run]) -> list[str]:
     """Return the cells of the runs of one row; the finished ones are averaged, if there are any."""
     args, started = runs[0].args, [run for run in runs if run.epochs]
@@ -128,39 +129,17 @@ def make_row(label: Label, settings: str, runs: list[Run]) -> list[str]:
         "-".join(map(str, dict.fromkeys((done[0], done[-1])))) + f"/{args['epochs']}",
         " ".join(sorted((run.seed for run in runs), key=lambda seed: (len(seed), seed))),
         mean_std(run.epochs[-1].get("test/top1") for run in averaged),
-        mean_std(map(best_top1, averaged)) + (" (val)" if args.get("val_split") else ""),
+        mean_std(run.epochs[-1].get("best/top1") for run in averaged) + (" (val)" if args.get("val_split") else ""),
         f"{statistics.median(speeds):.0f}" if speeds else "-",
         f"{statistics.median(seconds) * args['epochs']:.0f}" if seconds else "-",
         lookup(label),
     ]
 
 
-def caption(runs: list[Run]) -> str:
-    """Return the sentences below the table."""
-    lines = ["Top-1 in percent, mean±std (n - 1) over seeds; * = jointly trained teacher."]
-    lines += ["last: after the last epoch, selected by nothing."]
-    lines += ["seconds: of a whole run, by the median of its epochs, training and tests."]
-    if not all(run.args.get("val_split") for run in runs):
-        lines += ["best: at the epoch selected on the test set, as in the published results; optimistic."]
-    if any(run.args.get("val_split") for run in runs):
-        lines += ["best (val): at the epoch selected on held-out training images."]
-    if any(run.epochs and "test/net1/top1" in run.epochs[-1] for run in runs):
-        lines += ["A mutual pair counts as its better network, chosen on the same images as the best epoch."]
-    if not all(run.finished for run in runs):
-        lines += ["Seeds in brackets are unfinished and count only if no seed of their row is finished."]
-    return " ".join(lines)
-
-
 def align(rows: list[list[str]], separator: str = "  ") -> list[str]:
     """Return the lines of a table with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [separator.join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-def write_markdown(path: Path, rows: list[list[str]], note: str) -> None:
-    """Write the table and its caption as Markdown."""
-    lines = align([rows[0], ["---"] * len(rows[0]), *rows[1:]], " | ")
-    path.write_text("\n".join(f"| {line} |" for line in lines) + f"\n\n{note}\n", encoding="utf-8")
 
 
 def plot(path: Path, groups: list[tuple[Label, str, list[Run]]]) -> None:
@@ -195,10 +174,10 @@ def parse_args(argv=None):
 def main(args) -> None:
     groups = group(find_runs(args.paths or [args.checkpoint_dir]))
     rows = [COLUMNS, *(make_row(*entry) for entry in groups)]
-    note = caption([run for _, _, runs in groups for run in runs])
-    print("\n".join([*align(rows), "", note]))
+    print("\n".join([*align(rows), "", CAPTION]))
     if args.markdown:
-        write_markdown(args.markdown, rows, note)
+        lines = align([rows[0], ["---"] * len(rows[0]), *rows[1:]], " | ")
+        args.markdown.write_text("\n".join(f"| {line} |" for line in lines) + f"\n\n{CAPTION}\n", encoding="utf-8")
     if args.csv:
         with args.csv.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)

@@ -9,7 +9,6 @@ epochs and batch size, and takes SGD and crops with a padding of 4 as published.
 """
 
 import argparse
-from statistics import mean, stdev
 from unittest import mock
 
 from paths import PublishedImages, Reference
@@ -18,14 +17,12 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import options
 import train_student_cifar
-from imagesets.augment import CropFlip
+from report import mean_std
 from training import Trainer, launch, metrics
 from training.optim import rate_factor, set_rate
-from utils import UserError
 
 
 def parse_args(argv=None):
-    """Parse the command line: the student script's arguments, and the seeds."""
     parser = options.Parser(__doc__)
     parser.add_argument("--seeds", type=options.natural, nargs="+", default=[0, 1, 2])
     ours, rest = parser.parse_known_args(argv)
@@ -35,8 +32,6 @@ def parse_args(argv=None):
 def reference(args, networks, settings):
     """Train as the published scripts do; return the last epoch's top-1 on the test images."""
     train, device = settings["train"], settings["world"].device
-    if train.augmentation != CropFlip(train.size, 4, train.image_set.flip):
-        raise UserError("these images are not augmented by the published crop with a padding of 4 pixels")
     images, count = train.image_set, min(len(train) * train.batch_size, train.num_images)
     sampler = RandomSampler(images.labels, num_samples=count)
     loader = DataLoader(PublishedImages(images), train.batch_size, sampler=sampler)
@@ -64,8 +59,7 @@ def main(args, world):
             with mock.patch.object(train_student_cifar, "Trainer") as trainer:
                 train_student_cifar.main(args, world)
             found.append(way(args, *trainer.call_args))
-        spread = f" ± {stdev(found):.2f}" if len(found) > 1 else ""
-        rows.append([way.__name__, *(f"{top1:.2f}" for top1 in found), f"{mean(found):.2f}{spread}"])
+        rows.append([way.__name__, *(f"{top1:.2f}" for top1 in found), mean_std(found)])
     print(lines(*rows, head=["path", *(f"seed {seed}" for seed in args.seeds), "mean ± std"]))
 
 

@@ -16,7 +16,7 @@ import imagesets
 import models
 from scripts import QUICK, QUICK_RUN, WORLD, run, save_teacher
 from tools import analyse, sections
-from tools.measures import Answers, agreement, ask, by_class, confusion, divergence, overview, reliability
+from tools.measures import Answers, agreement, ask, confusion, divergence, overview, reliability
 from tools.sections import EXTREMES
 from utils import Checkpoint, UserError
 
@@ -53,7 +53,6 @@ def test_agreement_and_confusion_by_hand():
     kinds = ("both right", "student alone right", "teacher alone right", "same mistake", "different mistakes")
     assert agreement(student, teacher, labels) == dict.fromkeys(kinds, 20)
     assert confusion(student, labels).tolist() == [[1, 1, 0], [0, 1, 0], [1, 1, 0]]
-    assert by_class(student, labels).tolist() == [50, 100, 0]
     assert overview(student, teacher, labels)["agreement"] == pytest.approx(40)
 
 

@@ -85,7 +85,7 @@ def test_the_table_of_repeats_by_hand(tmp_path, capsys):
         log = [{"epoch": i + 1, "seconds": seconds, "test/top1": top1} for i, top1 in enumerate(accuracies)]
         lines += [json.dumps({"name": name, "seed": seed, "args": args, "log": log}) for seed in (0, 1)]
     (tmp_path / "r.jsonl").write_text("\n".join(lines))
-    repeats.main(repeats.parse_args([str(tmp_path / "r.jsonl"), "--filling", "100"]))
+    repeats.main([str(tmp_path / "r.jsonl"), "--filling", "100"])
     found = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert found[0] == ["few_fresh", "fresh", "50.00, 50.00", "50.00 ± 0.00", "10.0", "20", "20", "20, 20"]
     assert found[1] == ["few_1", "2", "45.00, 45.00", "45.00 ± 0.00", "5.0", "10", "13", "5, 5"]

@@ -76,12 +76,8 @@ def log_of(checkpoint: Checkpoint) -> list[dict]:
 def pictures_of(batches, numbers: set[int]) -> dict:
     """Return test images by their numbers as PIL's."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in batches.statistics)
-    found, first = {}, 0
-    for images, labels in batches:
-        for number in numbers & set(range(first, first + len(labels))):
-            found[number] = to_pil_image((images[number - first].cpu() * std + mean).clamp(0, 1))
-        first += len(labels)
-    return found
+    numbered = enumerate(image for images, _ in batches for image in images)
+    return {i: to_pil_image((image.cpu() * std + mean).clamp(0, 1)) for i, image in numbered if i in numbers}
 
 
 def main(args, world) -> None:

@@ -15,11 +15,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from models import state_dicts
-from utils import UserError, first_line, read_file, replacing
+from utils import UserError, first_line, read_file, replacing, save_checkpoint
 
 FORMATS = ("onnx", "pt2", "safetensors", "state_dict")
 INPUT, OUTPUT = "images", "logits"
@@ -40,14 +41,11 @@ def check_packages() -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the logs and warnings of exporters and quantizers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(before)
+        yield
 
 
 def plain(network: nn.Module) -> nn.Module:
@@ -63,6 +61,7 @@ def write(network: nn.Module, kind: str, path: str, size: int, metadata: dict[st
     """
     example, shapes = (torch.zeros(2, 3, size, size),), ({0: torch.export.Dim("batch")},)
     names = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": shapes}
+    tensors = {name: value.clone().contiguous() for name, value in network.state_dict().items()}  # of their own memory
     try:
         with quiet():
             if kind == "onnx":
@@ -72,23 +71,14 @@ def write(network: nn.Module, kind: str, path: str, size: int, metadata: dict[st
                 program = torch.export.export(network, example, dynamic_shapes=shapes)
                 with replacing(path) as file:
                     torch.export.save(program, file, extra_files={f"{METADATA}.json": json.dumps(metadata)})
+            elif kind == "safetensors":
+                with replacing(path) as file:
+                    file.write(safetensors.torch.save(tensors, {METADATA: json.dumps(metadata)}))
             else:
-                write_tensors(network, kind, metadata, path)
+                save_checkpoint(tensors, path)
     except RuntimeError as error:
         raise UserError(f"--format {kind}: the network cannot be exported ({first_line(error)})") from None
     describe(path, metadata)
-
-
-def write_tensors(network: nn.Module, kind: str, metadata: dict[str, Any], path: str) -> None:
-    """Write a network's weights, each with memory of its own, as safetensors or by torch.save."""
-    tensors = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
-    with replacing(path) as file:
-        if kind == "safetensors":
-            from safetensors.torch import save
-
-            file.write(save(tensors, {METADATA: json.dumps(metadata)}))
-        else:
-            torch.save(tensors, file)
 
 
 def save_onnx(model: Any, metadata: dict[str, Any], path: str) -> None:
@@ -152,7 +142,6 @@ def read_back(network: nn.Module, kind: str, path: str) -> Run:
 class Comparison(NamedTuple):
     """How the logits of two networks differ on the same images."""
 
-    images: int
     equal: int  # images with the same decision
     difference: float  # the largest between two logits
     largest: float  # logit of the first network, without its sign
@@ -173,7 +162,7 @@ def compare(first: Run, second: Run, images: Tensor) -> Comparison:
     """Return how two networks differ on images (B, 3, S, S)."""
     ours, theirs = logits_of(first, images), logits_of(second, images)
     equal = (ours.argmax(1) == theirs.argmax(1)).sum().item()
-    return Comparison(len(images), equal, (ours - theirs).abs().max().item(), ours.abs().max().item())
+    return Comparison(equal, (ours - theirs).abs().max().item(), ours.abs().max().item())
 
 
 @torch.no_grad()
@@ -197,6 +186,6 @@ def table(runs: dict[str, Run], images: Tensor) -> Iterator[str]:
     for name, run in runs.items():
         size = os.path.getsize(name) if run is not first else sum(t.nbytes for t in first.state_dict().values())
         found, part = compare(first, run, images), images[:BATCH]
-        cells = f"{found.difference:.1e} of {found.largest:.3g}", f"{found.equal} of {found.images}"
+        cells = f"{found.difference:.1e} of {found.largest:.3g}", f"{found.equal} of {len(images)}"
         shown = f"{name:{width}}  {size / 1e6:6.2f}  {cells[0]:>18}  {cells[1]:>15}"
         yield f"{shown}  {1000 * seconds(run, images[:1]):11.3f}  {len(part) / seconds(run, part):.0f}"

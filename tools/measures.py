@@ -67,10 +67,7 @@ def reliability(answers: Answers, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
     confidence = answers.logits.softmax(1).amax(1).double()
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     count = bins.bincount(minlength=BINS)
-    means = [
-        torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, values) / count.clamp(min=1)
-        for values in (confidence, answers.hits(labels).double())
-    ]
+    means = [bins.bincount(values, BINS) / count.clamp(min=1) for values in (confidence, answers.hits(labels).double())]
     share = count / len(labels)
     return *means, share, (share * (means[0] - means[1]).abs()).sum().item()
 
@@ -87,12 +84,6 @@ def agreement(student: Answers, teacher: Answers, labels: Tensor) -> dict[str, f
         "different mistakes": ~ours & ~theirs & ~same,
     }
     return {name: 100 * share.double().mean().item() for name, share in found.items()}
-
-
-def by_class(answers: Answers, labels: Tensor) -> Tensor:
-    """Return each class's accuracy (N,) in percent; NaN for a class without images."""
-    matrix = confusion(answers, labels)
-    return 100 * matrix.diagonal() / matrix.sum(1)
 
 
 def confusion(answers: Answers, labels: Tensor) -> Tensor:

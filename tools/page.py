@@ -36,13 +36,9 @@ class Section:
     pictures: list[tuple[Figure, str]] = field(default_factory=list)  # and caption
     cards: list[tuple[Image.Image, str]] = field(default_factory=list)  # and lines of text
 
-    @property
-    def anchor(self) -> str:
-        """The name by which the list of contents refers to it."""
-        return "".join(letter if letter.isalnum() else "-" for letter in self.title.lower())
-
-    def html(self) -> str:
-        parts = [f'<section><h2 id="{self.anchor}">{escape(self.title)}</h2><p>{escape(self.text)}</p>']
+    def html(self, anchor: str) -> str:
+        """Return its HTML, which the list of contents refers to by `anchor`."""
+        parts = [f'<section><h2 id="{anchor}">{escape(self.title)}</h2><p>{escape(self.text)}</p>']
         shown = [table(*content) for content in self.tables] + [picture(*content) for content in self.pictures]
         for name, blocks in (("row", shown), ("cards", [picture(*content) for content in self.cards])):
             if blocks:
@@ -70,8 +66,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def page(title: str, text: str, sections: list[Section]) -> str:
     """Return the HTML of the whole page."""
-    contents = "".join(f'<li><a href="#{part.anchor}">{escape(part.title)}</a></li>' for part in sections)
-    body = "\n".join(part.html() for part in sections)
+    named = [(f"s{number}", part) for number, part in enumerate(sections)]
+    contents = "".join(f'<li><a href="#{anchor}">{escape(part.title)}</a></li>' for anchor, part in named)
+    body = "\n".join(part.html(anchor) for anchor, part in named)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{STYLE}</style></head>

@@ -37,8 +37,12 @@ def row(name: str, runs: dict[int, dict], fresh: dict[int, dict], filling: float
     return [name, repeats, accuracies, f"{mean(last):.2f}{spread}", *times, ", ".join(reached)]
 
 
-def main(args) -> None:
+def main(argv=None) -> None:
     """Print the table in Markdown."""
+    parser = options.Parser(__doc__, prog="tools.repeats")
+    parser.add_argument("file", type=Path, help="results, such as results/repeats.jsonl")
+    parser.add_argument("--filling", type=options.above_zero, required=True, help="speed of filling in images/s")
+    args = parser.parse_args(argv)
     rows: dict[str, dict[int, dict]] = {}
     for line in map(json.loads, args.file.read_text().splitlines()):
         rows.setdefault(line["name"], {})[line["seed"]] = line
@@ -48,13 +52,5 @@ def main(args) -> None:
         print(f"| {' | '.join(row(name, dict(sorted(runs.items())), fresh, args.filling))} |")
 
 
-def parse_args(argv=None):
-    """Return the command line's arguments."""
-    parser = options.Parser(__doc__, prog="tools.repeats")
-    parser.add_argument("file", type=Path, help="results, such as results/repeats.jsonl")
-    parser.add_argument("--filling", type=options.above_zero, required=True, help="speed of filling in images/s")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    main(parse_args())
+    main()

@@ -9,7 +9,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from tools.figures import COLOURS, TEACHER, axes_of, heat_maps
-from tools.measures import Answers, agreement, by_class, confusion, divergence, overview, reliability
+from tools.measures import Answers, agreement, confusion, divergence, overview, reliability
 from tools.page import Section
 
 EXTREMES = 12  # images, classes and confusions that are listed
@@ -95,7 +95,8 @@ def head_section(study: Study) -> Section:
 
 def class_section(study: Study) -> Section:
     """Return accuracy by class, and the classes in which the first student is furthest from the teacher."""
-    accuracies = [by_class(answers, study.labels) for answers in study.networks]
+    matrices = [confusion(answers, study.labels) for answers in study.networks]
+    accuracies = [100 * matrix.diagonal() / matrix.sum(1) for matrix in matrices]  # NaN for a class without images
     furthest = (accuracies[1] - accuracies[0]).abs().nan_to_num(-1).argsort(descending=True)[:EXTREMES].tolist()
     rows = [[study.classes[i], *(f"{accuracy[i]:.0f}" for accuracy in accuracies)] for i in furthest]
     figure, axes = axes_of(4.2, 4.2, xlabel="teacher (%)", ylabel="student (%)")
@@ -149,9 +150,7 @@ def agreement_section(study: Study) -> Section:
     for kind, colour in zip(kinds, SHARES, strict=True):
         widths = torch.tensor([share[kind] for share in shares.values()])
         bars = axes.barh([*shares], widths, left=left, color=colour, label=kind)
-        axes.bar_label(
-            bars, [f"{width:.0f}" if width >= 4 else "" for width in widths], label_type="center", fontsize=8
-        )
+        axes.bar_label(bars, fmt=lambda width: f"{width:.0f}" * (width >= 4), label_type="center", fontsize=8)
         left += widths
     axes.invert_yaxis()
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.4, -0.35))

@@ -95,10 +95,7 @@ class Trained:
 def load(args: argparse.Namespace, world: World) -> Trained:
     """Return the network that the flags of `add_weights` name; UserError if anything is missing or does not fit."""
     checkpoint = Checkpoint(args.weights, args.weights_key, args.arch)
-    try:
-        arch = models.backbone_name(options.named(args.arch, checkpoint, args.net))
-    except ValueError as error:
-        raise UserError(f"{args.weights}: {error}") from None
+    arch = models.backbone_name(options.named(args.arch, checkpoint, args.net))
     settings = reading(args, checkpoint, arch)
     classes = args.class_names or checkpoint.info.get("class_names")
     classes = classes or [str(number) for number in range(checkpoint.num_classes)]
