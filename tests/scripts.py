@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import re
 import signal
 import sys
@@ -63,8 +64,19 @@ def status(script, *argv):
             return stop.code or 0
 
 
-def stopped(script, *argv, after, by, times=1):
-    """Run a script that receives a signal (or raises an error) after so many steps; return its exit status."""
+def refused(capsys, *argv, script="train_baseline_cifar"):
+    """Return the one line that a mistaken command ends in, with status 2."""
+    capsys.readouterr()
+    assert status(script, *argv) == 2
+    error = capsys.readouterr().err
+    (line,) = (line for line in error.splitlines() if line.startswith(f"{script}.py: error: "))
+    assert "Traceback" not in error
+    return line
+
+
+@contextmanager
+def stopping(after, by, times=1):
+    """Within the block, raise a signal (or an error) after so many training steps."""
     step, steps = TrainingStep.__call__, itertools.count(1)
 
     def stepping(self, batch, totals):
@@ -75,6 +87,12 @@ def stopped(script, *argv, after, by, times=1):
             signal.raise_signal(by)
 
     with mock.patch.object(TrainingStep, "__call__", stepping):
+        yield
+
+
+def stopped(script, *argv, after, by, times=1):
+    """Run a script that receives a signal (or raises an error) after so many steps; return its exit status."""
+    with stopping(after, by, times):
         return status(script, *argv)
 
 
@@ -83,6 +101,13 @@ def save_teacher(path, name="resnet8_aux", num_classes=10, rotations=4, seed=1):
     torch.manual_seed(seed)
     torch.save({"net": models.create(name, num_classes, rotations).state_dict(), "acc": 0.0, "epoch": 1}, path)
     return path
+
+
+class Payload(str):
+    """The path of a folder that unpickling it would make."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
 
 
 def readme_code(word):
@@ -100,8 +125,8 @@ def log_lines(folder):
 
 
 def checkpoint(folder, best=False):
-    """Return a run folder's last or best checkpoint."""
-    (path,) = (path for path in folder.glob("*.pth.tar") if ("_best" in path.name) == best)
+    """Return the last or best checkpoint of a run folder, or of the one run below a folder."""
+    (path,) = (path for path in folder.rglob("*.pth.tar") if ("_best" in path.name) == best)
     return torch.load(path, weights_only=True)
 
 

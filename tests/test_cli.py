@@ -14,7 +14,7 @@ import torch
 import methods
 import models
 import options
-from scripts import QUICK, QUICK_RUN, TRAINING, own_signal_handlers, parsed, run, save_teacher, status
+from scripts import QUICK, QUICK_RUN, TRAINING, own_signal_handlers, parsed, refused, run, save_teacher, status
 from training import launch
 
 ROOT = Path(__file__).parents[1]
@@ -164,26 +164,19 @@ def test_folder_names_are_the_published_ones(name):
     assert options.run_name(parsed(name.partition("_tarch")[0], "--tcheckpoint", "t.pth")) == name
 
 
-def one_line(script, argv, capsys):
-    """Return the one line that a mistaken command ends in, with status 2."""
-    assert status(script, *argv) == 2
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line != "no GPU found: running on the CPU"]
-    assert len(lines) == 1 and lines[0].startswith(f"{script}.py: error: "), error
-    return lines[0]
-
-
 @pytest.mark.parametrize("words", ["--lr --init-lr", "--seed --manual_seed", "--workers=4 --num-workers"])
 def test_flags_of_other_projects_are_answered(words, capsys):
     flag, ours = words.split()
-    assert one_line("train_baseline_cifar", [flag, "1"], capsys).endswith(f" {ours}")
+    assert refused(capsys, flag, "1").endswith(f" {ours}")
 
 
 # Of the words in a line each, the last flag is the one that the error names.
 BAD_VALUES = """
 --epochs 0; --epochs many; --milestones 5 3; --init-lr nan; --weight-decay -1; --manual_seed -1; --val-split 1
 --gpu-id none; --amp nonsense; --nonsense 1; --tag a/b; --optimizer adamw --nesterov; --override init_lr=1
---arch resnet8_resnet8; --few-ratio 0
+--arch resnet8_resnet8; --few-ratio 0; --class-names no/such/file; --world-size 2; --rank 1
+--dataset digits --image-size 16; --dataset stl10 --in-memory; --dataset cifar10 --resize pad; --in-memory --from-files
+--mean 0.5 0.4; --mean 125; --std 0; --std 0.2 --mean auto; --pretrained-backbone=; --test-split 1
 """
 METHOD_MISTAKES = """
 --method kd --ced-beta 3; --method kd --ema 0.9; --method mine; --method mine.py; --method supervised; --kd_T 0
@@ -198,13 +191,13 @@ MISTAKES += [(words, True) for words in re.split("[;\n] *", METHOD_MISTAKES.stri
 def test_impossible_values(words, distils, weights, capsys):
     flag = re.findall("--[a-z_A-Z-]+", words)[-1]
     script, needed = ("train_student_few_shot", student(weights)) if distils else ("train_baseline_cifar", ())
-    assert flag in one_line(script, [*needed, *words.split()], capsys)
+    assert flag in refused(capsys, *needed, *words.split(), script=script)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_unknown_names_are_answered_with_the_nearest(script, capsys):
-    assert "wrn_16_2_aux" in one_line(script, ["--arch", "wrn_16_3_aux"], capsys)
-    assert "cifar100," in one_line(script, ["--dataset", "cifar1000"], capsys)
+    assert "wrn_16_2_aux" in refused(capsys, "--arch", "wrn_16_3_aux", script=script)
+    assert "cifar100," in refused(capsys, "--dataset", "cifar1000", script=script)
 
 
 def test_one_process_of_a_machine_prints_a_mistake(monkeypatch, capsys):
@@ -226,7 +219,7 @@ def test_one_process_of_a_machine_prints_a_mistake(monkeypatch, capsys):
     ],
 )
 def test_mistakes_of_one_script(script, words, said, capsys):
-    assert said in one_line(script, words, capsys)
+    assert said in refused(capsys, *words, script=script)
 
 
 def file_mistakes(weights, folder):
@@ -249,7 +242,7 @@ def file_mistakes(weights, folder):
 def test_wrong_files(weights, tmp_path, capsys):
     for script, words, said in file_mistakes(weights, tmp_path):
         training = [] if script == "test_model" else ["--epochs", "1", "--checkpoint-dir", tmp_path / "runs"]
-        assert said in one_line(script, [*QUICK, *training, *words], capsys)
+        assert said in refused(capsys, *QUICK, *training, *words, script=script)
     assert not (tmp_path / "runs").exists()
 
 

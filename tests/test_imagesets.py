@@ -17,6 +17,7 @@ import imagesets
 from imagesets import in_memory
 from imagesets.augment import CropFlip, ResizedCropFlip
 from imagesets.images import ImageSet, Settings
+from scripts import Payload
 from utils import UserError, World
 
 STATISTICS = imagesets.STATISTICS["cifar100"]
@@ -210,13 +211,6 @@ def test_cifar_as_published_and_with_other_contents(name, published, as_bytes, t
         assert torch.equal(batches.images, pixels) and batches.labels.tolist() == labels
     assert data.classes == [f"class{i}" for i in range(int(name[5:]))] and data.statistics == imagesets.STATISTICS[name]
     assert len(capsys.readouterr().err.splitlines()) == (not published)
-
-
-class Payload(str):
-    """The path of a folder that unpickling it would make."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(self),)
 
 
 @pytest.mark.parametrize("content", [b"<!DOCTYPE html>", pickle.dumps({"data": np.zeros((1, 3072), np.uint8)})])

@@ -1,7 +1,6 @@
 """Methods and the Trainer from Python and by the scripts: constants, flags, own networks, own methods, resumption."""
 
 import json
-import os
 import signal
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ import methods
 import models
 import train_student_cifar
 import utils
-from scripts import QUICK, QUICK_RUN, checkpoint, log_lines, parsed, readme_code, run, same, save_teacher, status
+from scripts import QUICK, checkpoint, log_lines, parsed, readme_code, run, same, save_teacher, status, stopping
 from training import Trainer, launch
 from training.optim import rate_factor
 
@@ -32,26 +31,13 @@ class Small(nn.Module):
         return self.fc(self.norm(self.conv(images)).relu().mean((2, 3)))
 
 
-def loader(count=32, shuffle=True, kind=DataLoader):
+def loader(count=32, shuffle=True):
     """Return a plain DataLoader of images whose class is the brightness of their channels."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % 4
     shades = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])[labels]
     images = shades[:, :, None, None] + 0.3 * torch.randn(count, 3, 8, 8, generator=generator)
-    return kind(TensorDataset(images, labels), batch_size=8, shuffle=shuffle)
-
-
-class Stopping(DataLoader):
-    """A DataLoader in whose third epoch the run is asked to stop."""
-
-    epochs = 0
-
-    def __iter__(self):
-        self.epochs += 1
-        for number, batch in enumerate(super().__iter__()):
-            if (self.epochs, number) == (3, 2):
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
+    return DataLoader(TensorDataset(images, labels), batch_size=8, shuffle=shuffle)
 
 
 def network(seed=0):
@@ -60,10 +46,10 @@ def network(seed=0):
     return Small()
 
 
-def trainer(train=None, **settings):
-    """Return a Trainer of a small network in float32."""
-    settings = {"epochs": 4, "amp": "off", **settings}
-    return Trainer(network(), methods.KD(network(1)), train=train or loader(), test=loader(16, False), **settings)
+def trainer(model=None, objective=None, **settings):
+    """Return a Trainer in float32, by default of a small network taught by another one."""
+    common = {"train": loader(), "test": loader(16, False), "epochs": 4, "amp": "off"}
+    return Trainer(model or network(), objective or methods.KD(network(1)), **common | settings)
 
 
 def test_a_network_of_ones_own_is_trained_without_a_command_line_and_without_files(tmp_path, monkeypatch):
@@ -91,8 +77,8 @@ def test_a_stopped_run_resumes_bit_exactly(choice, tmp_path):
     """With each optimizer and schedule, at the last finished epoch of a plain DataLoader; from memory as well."""
     whole = trainer(**CHOICES[choice])
     best = whole.fit()
-    with pytest.raises(launch.Preempted):
-        trainer(loader(kind=Stopping), folder=tmp_path, **CHOICES[choice]).fit()
+    with stopping(after=11, by=signal.SIGTERM), pytest.raises(launch.Preempted):  # in the third epoch
+        trainer(folder=tmp_path, **CHOICES[choice]).fit()
     saved = utils.Checkpoint(tmp_path / "Small.pth.tar").content
     assert saved["epoch"] == 2
     resumed = trainer(folder=tmp_path, resume=True, **CHOICES[choice])
@@ -115,6 +101,7 @@ def assert_equal(found, expected):
 def test_momentum_of_another_memory_order_trains_to_the_same_weights(amp):
     first = trainer(epochs=2, amp=amp)
     first.fit()
+    assert first.layout == (torch.channels_last if amp == "bf16" else torch.contiguous_format)
     state, finished = first.state_dict(), []
     for layout in (torch.contiguous_format, torch.channels_last):
         for entry in state["optimizer"]["state"].values():
@@ -169,8 +156,7 @@ def test_the_best_teacher_by_the_published_rules(rotations, rule, value, epoch, 
     tests = [(50.0, 20.0, 10.0), (40.0, 25.0, 30.0), (60.0, 30.004, 29.0), (70.0, 29.0, 29.0)]
     records = iter([{"top1": a, "aux1_joint": b, "aux2_joint": c} for a, b, c in tests])
     monkeypatch.setattr("training.trainer.evaluate", lambda *_, **__: dict(next(records)))
-    common = {"train": loader(8), "test": loader(8), "epochs": 4, "amp": "off", "folder": tmp_path}
-    best = Trainer(models.create("resnet8_aux", 4, rotations), methods.Teacher(), **common).fit()
+    best = trainer(models.create("resnet8_aux", 4, rotations), methods.Teacher(), folder=tmp_path).fit()
     assert best == {"epoch": epoch, "value": value, "top1": tests[epoch - 1][0], "net": None}
     for name, number in (("resnet8_aux_best", epoch), ("resnet8_aux", 4)):
         saved = utils.Checkpoint(tmp_path / f"{name}.pth.tar").content
@@ -180,16 +166,6 @@ def test_the_best_teacher_by_the_published_rules(rotations, rule, value, epoch, 
     frozen = models.create("resnet8_aux", 4, rotations)
     frozen.freeze_backbone()
     assert methods.Teacher().best_by(frozen) == "joint"  # its top-1 never changes
-
-
-def test_a_methods_constants_are_part_of_a_run(tmp_path):
-    def trainer(**more):
-        common = {"train": loader(8), "test": loader(8), "epochs": 1, "amp": "off", "folder": tmp_path}
-        return Trainer(Small(), methods.KD(Small(), **more), **common, resume=bool(more))
-
-    trainer().fit()
-    with pytest.raises(utils.UserError, match="temperature 4.0 -> 8.0"):
-        trainer(temperature=8.0)
 
 
 def test_a_look_at_the_stages_leaves_statistics_as_they_are():
@@ -235,7 +211,8 @@ def test_a_file_of_the_users_whose_network_flattens_by_view(amp, tmp_path, capsy
     """As older tutorials do: an error on channels-last features. The file imports its neighbour."""
     (tmp_path / "sizes.py").write_text("WIDTH = 4")
     (tmp_path / "viewing.py").write_text(VIEWING)
-    name, quick = f"{tmp_path}/viewing.py:Viewing", (*QUICK_RUN, "--amp", amp, "--checkpoint-dir", tmp_path / "runs")
+    name = f"{tmp_path}/viewing.py:Viewing"
+    quick = (*QUICK, "--epochs", 1, "--amp", amp, "--checkpoint-dir", tmp_path / "runs")
     run("train_baseline_cifar", "--arch", name, *quick)
     (weights,) = tmp_path.glob("runs/*/*Viewing.pth.tar")
     teaching = ("--method", "kd", "--tarch", name, "--tcheckpoint", weights, "--arch")
@@ -252,56 +229,25 @@ def test_a_file_of_the_users_whose_network_flattens_by_view(amp, tmp_path, capsy
     run("test_model", "--student-weights", weights, "--arch", name.replace("viewing", "renamed"), "--dataset", "digits")
 
 
-def test_networks_that_take_channels_last_do():
-    made = Trainer(Small(), methods.Supervised(), train=loader(8), test=loader(8), epochs=1, amp="bf16")
-    assert made.layout == torch.channels_last
-
-
 def test_an_epoch_cut_short_on_a_plain_loader_begins_anew():
-    """As by Ctrl-C in a notebook. The loaders stay the user's: nothing closes them."""
-
-    class Interrupted(DataLoader):
-        patience = 3
-
-        def __iter__(self):
-            for batch in super().__iter__():
-                self.patience -= 1
-                if self.patience == 0:
-                    raise KeyboardInterrupt
-                yield batch
-
-        def close(self):
-            raise AssertionError
-
-    settings = {"train": Interrupted(loader(32).dataset, 8), "test": loader(8), "epochs": 1, "lr": 0.1, "warmup": 1}
-    made = Trainer(Small(), methods.Supervised(), **settings)
-    rates = []
+    """As by Ctrl-C in a notebook."""
+    made, rates = trainer(epochs=1, lr=0.1, warmup=1), []
     made.step.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
-    with pytest.raises(KeyboardInterrupt):
+    with stopping(after=2, by=KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         made.fit()
     made.fit()
     assert rates == pytest.approx([0.025, 0.05, 0.025, 0.05, 0.075, 0.1])
 
 
-@pytest.mark.parametrize("method", [methods.KD, methods.HSAKD])
-def test_labels_may_be_probabilities_or_bytes(method):
-    """As of MixUp, and of numpy's arrays; a step on labels 0 and 1 is the same for each form."""
-    losses = []
-    for kind in ("int64", "uint8", "mixed"):
-        labels = torch.eye(100) if kind == "mixed" else torch.arange(100, dtype=getattr(torch, kind))
-        images = TensorDataset(torch.randn(100, 3, 8, 8, generator=torch.Generator().manual_seed(0)), labels)
+def test_labels_may_be_probabilities_or_bytes():
+    """As of MixUp, and of numpy's arrays; an epoch on the labels 0 to 3 is the same for each form."""
+    images, numbers, found = torch.randn(32, 3, 8, 8), torch.arange(32) % 4, []
+    test = DataLoader(TensorDataset(images, numbers.to(torch.uint8)), 8)
+    for labels in (numbers, numbers.to(torch.uint8), torch.eye(4)[numbers]):
         torch.manual_seed(0)
-        student, teacher = models.create("resnet8_aux", 100), models.create("resnet8_aux", 100)
-        if method is methods.KD:
-            student, teacher = student.backbone, teacher.backbone
-        test = TensorDataset(images.tensors[0], torch.arange(100, dtype=torch.uint8))
-        made = Trainer(
-            student, method(teacher), train=DataLoader(images, 50), test=DataLoader(test, 50), epochs=1, amp="off"
-        )
-        made.train_epoch(0, None)
-        losses.append(made.totals.means())
-        made.tests(student, heads=True)
-    assert losses[0] == losses[1] and losses[0] == pytest.approx(losses[2])
+        record = trainer(train=DataLoader(TensorDataset(images, labels), 8), test=test).one_epoch(0, None)
+        found.append({name: value for name, value in record.items() if name.startswith(("train/", "test/"))})
+    assert found[0] == found[1] and found[0] == pytest.approx(found[2])
 
 
 def test_parts_of_a_batch_are_of_two_images_at_least():
@@ -311,53 +257,43 @@ def test_parts_of_a_batch_are_of_two_images_at_least():
         assert [len(part.images) for part in made.step.parts(batch)] == expected
 
 
-def test_constants_are_those_of_a_wrapped_teachers_family():
-    teacher = models.create("wrn_40_2", 4)
-    assert methods.DKD(nn.DataParallel(teacher)).beta == methods.DKD(teacher).beta != methods.DKD(Small()).beta
-
-
 def test_an_objective_serves_several_runs():
     """Each has a state of its own, and the teacher stays as it is."""
     student, teacher = models.create("resnet8_aux", 4, rotations=1), models.create("resnet8", 4)
     objective = methods.DPCD(teacher)
     for amp in ("bf16", "off"):
         Trainer(student, objective, train=loader(8), test=loader(8), epochs=1, amp=amp).fit()
-        assert (
-            objective.state["count"] == 0 and objective.teacher is teacher and teacher.fc.weight.dtype == torch.float32
-        )
+        assert objective.state["count"] == 0 and objective.teacher is teacher
+        assert teacher.fc.weight.dtype == torch.float32
 
 
-class Counting(DataLoader):
-    """A loader with a counter of its own."""
-
-    epoch = 0
-
-
-def test_a_loaders_own_attributes_do_no_harm():
-    common = {"test": loader(8), "epochs": 2, "amp": "off"}
-    Trainer(Small(), methods.Supervised(), train=loader(8, kind=Counting), **common).fit()
-    orders, images = [], TensorDataset(torch.randn(16, 3, 8, 8), torch.arange(16) % 4)
+def test_a_distributed_sampler_gets_the_epoch():
+    images = TensorDataset(torch.randn(16, 3, 8, 8), torch.arange(16) % 4)
     sampler = DistributedSampler(images, num_replicas=2, rank=0)
-    orders = [list(sampler)]
-    Trainer(Small(), methods.Supervised(), train=DataLoader(images, 4, sampler=sampler), **common).fit()
-    assert list(sampler) != orders[0]  # that of the second epoch
+    before = list(sampler)
+    trainer(train=DataLoader(images, 4, sampler=sampler), epochs=2).fit()
+    assert list(sampler) != before  # that of the second epoch
 
 
 def test_a_folder_is_free_after_a_mistake(tmp_path):
-    common = {"train": loader(8), "test": loader(8), "epochs": 1, "amp": "off", "folder": tmp_path}
     student, teacher = models.create("resnet8", 4), models.create("resnet8", 4)
     with pytest.raises(utils.UserError, match="stage 5") as kept:
-        Trainer(student, methods.FitNet(teacher, stage=5), **common)
-    Trainer(student, methods.FitNet(teacher), **common).fit()
+        trainer(student, methods.FitNet(teacher, stage=5), folder=tmp_path)
+    trainer(student, methods.FitNet(teacher), folder=tmp_path, epochs=1).fit()
     assert kept.traceback
 
 
-@pytest.mark.parametrize("changed", [{"weight_decay": 0.0}, {"nesterov": False}, {"epochs": 3}])
+@pytest.mark.parametrize("changed", [{"weight_decay": 0.0}, {"nesterov": False}, {"epochs": 3}, {"temperature": 8.0}])
 def test_what_shapes_a_run_is_compared_without_a_command_line(changed, tmp_path):
-    common = {"train": loader(8), "test": loader(8), "amp": "off", "folder": tmp_path, "schedule": lambda progress: 1.0}
-    Trainer(Small(), methods.Supervised(), **common, epochs=2).fit()
+    """A method's constants, too."""
+
+    def made(temperature=4.0, **settings):
+        settings = {"epochs": 2, "folder": tmp_path, "schedule": lambda progress: 1.0, **settings}
+        return trainer(objective=methods.KD(network(1), temperature=temperature), **settings)
+
+    made().fit()
     with pytest.raises(utils.UserError, match=next(iter(changed))):
-        Trainer(Small(), methods.Supervised(), **{**common, "epochs": 2, **changed}, resume=True)
+        made(**changed, resume=True)
 
 
 def test_a_run_may_go_on_in_another_precision():
@@ -365,15 +301,11 @@ def test_a_run_may_go_on_in_another_precision():
     trainer(amp="fp16").load_state_dict(before.state_dict())
 
 
-def test_a_value_in_a_subclass_fixes_a_constant(tmp_path):
+def test_a_value_in_a_subclass_fixes_a_constant():
     class Soft(methods.KD):
         name, temperature = "soft", 8.0
 
     assert Soft(network()).temperature == 8.0 and "temperature" not in Soft.constants()
-    code = "from methods import *\nclass Own(KD):\n    name = 'own'\n    warm = Constant(True, 'x', kind=bool)\n"
-    (tmp_path / "own.py").write_text(code)
-    own = ("train_student_cifar", "--method", tmp_path / "own.py")
-    assert [constants(*own, *words)["warm"] for words in ((), ("--no-warm",))] == [True, False]
 
 
 def test_dpcd_refuses_heads_of_rotations():
@@ -443,6 +375,7 @@ def test_constants_from_python_follow_the_teachers_family():
     assert methods.DPCD(wrn).beta_range == (5.0, 8.0) and methods.DKD(wrn).beta == 6.0
     assert methods.DPCD(network()).beta_range == (1.0, 4.0) and methods.DKD(network()).beta == 8.0
     assert methods.DKD(wrn, beta=3.0).beta == 3.0
+    assert methods.DKD(nn.DataParallel(models.create("wrn_40_2", 4))).beta == 6.0
     assert methods.DKD(SimpleNamespace(arch="mine")).beta == methods.DKD(SimpleNamespace(arch=3)).beta == 8.0
     assert methods.HSSAKD().temperature == 3.0 and methods.Teacher().constants() == {}
     with pytest.raises(TypeError):
@@ -493,7 +426,7 @@ def test_every_method_trains_is_saved_and_resumes(tmp_path, method):
 def test_the_method_of_the_readme(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(readme_code("LogitMSE"))
     teacher = save_teacher(tmp_path / "teacher.pth.tar")
-    command = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", teacher, *QUICK_RUN)
+    command = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", teacher, *QUICK, "--epochs", 1)
     command += ("--method", tmp_path / "mine.py", "--checkpoint-dir", tmp_path)
     assert status("train_student_cifar", *command, "--mse-weight", 2, "--beta", 3) == 2
     assert "--beta" in capsys.readouterr().err

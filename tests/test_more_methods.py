@@ -156,11 +156,8 @@ def test_reviewkd_imitates_all_levels():
 def test_fusion_by_hand():
     """Attention weighs the stage's own narrowed features and the deeper ones, repeated to its size."""
     torch.manual_seed(0)
-    fusion, features, deeper = (
-        reviewkd.Fusion(3, 2, 4, deepest=False).eval(),
-        torch.randn(1, 3, 4, 4),
-        torch.randn(1, 2, 2, 2),
-    )
+    fusion = reviewkd.Fusion(3, 2, 4, deepest=False).eval()
+    features, deeper = torch.randn(1, 3, 4, 4), torch.randn(1, 2, 2, 2)
     own, repeated = fusion.narrow(features), deeper.repeat_interleave(2, 2).repeat_interleave(2, 3)
     weights = torch.sigmoid(F.conv2d(torch.cat([own, repeated], 1), *fusion.attention[0].parameters()))
     expected = own * weights[:, :1] + repeated * weights[:, 1:]

@@ -1,7 +1,6 @@
 """Own folders of images: what is read, how it is resized and augmented, and what is said about it."""
 
 import json
-import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import imagesets
 import options
 from imagesets import folders
 from imagesets.augment import Augmentation
-from scripts import log_lines, parsed, run, status
+from scripts import log_lines, parsed, run
 from utils import UserError
 
 FAULTS = Path(__file__).resolve().parents[2] / "shared" / "faults"
@@ -25,9 +24,10 @@ def write_images(folder, sizes, mode="RGB", suffix="png", seed=0):
     """Write one random image per size, (width, height), into a class folder."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.RandomState(seed)
+    kind, values = (np.uint16, 3000) if mode == "I;16" else (np.uint8, 256)
     for number, (wide, high) in enumerate(sizes):
         shape = (high, wide, 3) if mode == "RGB" else (high, wide)
-        Image.fromarray(random.randint(0, 256, shape, dtype=np.uint8)).save(folder / f"{number}.{suffix}")
+        Image.fromarray(random.randint(0, values, shape, dtype=kind)).save(folder / f"{number}.{suffix}")
 
 
 def pixels_of(path):
@@ -74,55 +74,38 @@ def test_transparent_palettes(tmp_path, recwarn):
     assert torch.equal(imagesets.load_test("imagefolder", tmp_path).images[0], expected) and not recwarn.list
 
 
-def no_train(root):
-    write_images(root / "val" / "cat", [(8, 8)])
+# Folders with an image each, and what the error names; in the last case one class has no image.
+UNUSABLE = {"": "train", "val/cat": "train", "train/cat": "val", "train/dog val/cat": "dog"}
+UNUSABLE |= {"train/cat train/dog/.hidden val/cat": "dog"}
 
 
-def no_test(root):
-    write_images(root / "train" / "cat", [(8, 8)])
-
-
-def empty_class(root):
-    no_train(root), no_test(root)
-    (root / "train" / "dog").mkdir()
-
-
-def other_classes(root):
-    no_train(root)
-    write_images(root / "train" / "dog", [(8, 8)])
-
-
-def no_image(root):
-    no_train(root), no_test(root)
-    (root / "train" / "cat" / "1.png").write_bytes(b"not an image")
-
-
-def truncated(root):
-    no_train(root)
-    write_images(root / "train" / "cat", [(8, 8), (64, 64)])
-    path = root / "train" / "cat" / "1.png"
-    path.write_bytes(path.read_bytes()[:2000])
-
-
-@pytest.mark.parametrize(
-    ("spoil", "named"),
-    [(lambda root: None, "train"), (no_train, "train"), (no_test, "val"), (empty_class, "dog"), (other_classes, "dog"),
-     (no_image, "1.png"), (truncated, "1.png")],
-)  # fmt: skip
-def test_image_folder_that_cannot_be_used(tmp_path, spoil, named):
-    spoil(tmp_path)
+@pytest.mark.parametrize(("places", "named"), UNUSABLE.items())
+def test_image_folder_that_cannot_be_used(tmp_path, places, named):
+    for place in places.split():
+        write_images(tmp_path / place, [(8, 8)])
     with pytest.raises(UserError) as error:
         imagesets.load("imagefolder", tmp_path)
     assert named in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("spoil", [no_image, truncated])
-def test_unreadable_images_are_left_out_named_and_counted(tmp_path, spoil, capsys):
-    spoil(tmp_path)
-    data = imagesets.load("imagefolder", tmp_path, skip_bad_images=True)
-    assert data.info["images"] == len(data.train.labels) == len(data.train.images) == 1
+@pytest.mark.parametrize("keep", ["memory", "files"])
+@pytest.mark.parametrize(("suffix", "left"), [("png", 5), ("jpg", 2000)])
+def test_unreadable_images_end_a_run_or_are_left_out_named_and_counted_once(tmp_path, suffix, left, keep, capsys):
+    """Something that is no image, and one that is cut off."""
+    write_splits(tmp_path, [(128, 128)] * 2, suffix=suffix)
+    bad = [tmp_path / split / "cat" / f"1.{suffix}" for split in ("train", "val")]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(UserError, match=str(bad[0])):
+        list(load(tmp_path, keep=keep).train)
+    capsys.readouterr()
+    data = load(tmp_path, keep=keep, skip_bad_images=True)
+    assert data.info["images"] == {"memory": 3, "files": 4}[keep]  # those of files are counted before they are read
+    for epoch in (0, 1):
+        assert sum(len(labels) for _, labels, _ in data.train.epoch(epoch)) == 3
+    assert [number for _, labels in data.test for number in labels.tolist()] == [0, 1, 1]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
-    assert str(tmp_path / "train" / "cat" / "1.png") in lines[0] and "1 unreadable" in lines[1] and len(lines) == 2
+    assert len(lines) == 4 and str(bad[0]) in lines[0] and "1 unreadable" in lines[1]
 
 
 def load(root, **settings):
@@ -130,12 +113,11 @@ def load(root, **settings):
     return imagesets.load("imagefolder", root, workers=2, **settings)
 
 
-def write_splits(root, *args, classes=("cat", "dog"), test="val", **kwargs):
-    """Write the same kind of images into each class of a training and a test folder."""
-    for seed, split in enumerate(("train", test)):
-        for name in classes:
-            write_images(root / split / name, *args, seed=seed + len(name), **kwargs)
-    return root
+def write_splits(root, *args, classes=("cat", "dog"), **kwargs):
+    """Write images of the same kind into each class of a training and a test folder."""
+    for split in ("train", "val"):
+        for number, name in enumerate(classes):
+            write_images(root / split / name, *args, seed=number + 10 * (split == "val"), **kwargs)
 
 
 def test_what_is_no_image_by_its_content_is_left_out_and_counted_by_ending(tmp_path, capsys):
@@ -277,7 +259,8 @@ def test_one_set_of_images_has_two_ways_to_keep_it(tmp_path, monkeypatch):
     assert images.shape == (4, 3, 112, 112) and torch.equal(labels, index // 2)
     monkeypatch.setattr(folders, "MEMORY", 4 * 3 * 112**2 - 1)
     assert load(tmp_path, size=112).info["keep"] == "files"
-    assert imagesets.load("imagenet", tmp_path, size=112, workers=0).info["keep"] == "files"
+    info = imagesets.load("imagenet", tmp_path, size=112, workers=0).info
+    assert (info["keep"], info["augment"]) == ("files", str(Augmentation(None, True)))
 
 
 def test_numbered_classes_are_ordered_by_a_list(tmp_path, capsys):
@@ -354,20 +337,6 @@ def test_flags_decide_how_images_are_read(tmp_path):
     assert plain.info["keep"] == "memory" and plain.size == 16 and plain.statistics == folders.STATISTICS
     measured = parsed_data(tmp_path, "--test-split", 0.2, "--in-memory", "--mean", "auto")
     assert measured.statistics != folders.STATISTICS and measured.info["keep"] == "memory"
-
-
-MISTAKES = """
---dataset digits --image-size 16; --dataset stl10 --in-memory; --dataset cifar10 --resize pad; --in-memory --from-files
---mean 0.5 0.4; --mean 125; --std 0; --std 0.2 --mean auto; --pretrained-backbone=
---class-names no/such/file; --test-split 1
-"""
-
-
-@pytest.mark.parametrize("words", re.split("[;\n] *", MISTAKES.strip()))
-def test_flags_that_cannot_be_meant_are_one_line(words, capsys):
-    assert status("train_baseline_cifar", "--arch", "resnet8", "--dataset", "imagefolder", *words.split()) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.findall("--[a-z-]+", words)[-1] in line
 
 
 def test_a_resumed_run_keeps_its_images_where_they_were(tmp_path, monkeypatch):

@@ -101,34 +101,16 @@ def test_published_number(tmp_path, settings, expected):
     assert row["published"] == expected
 
 
-def test_the_teachers_own_arguments_say_how_it_was_trained(tmp_path):
-    """Not the name of its folder, if its args.json is there."""
-    teacher = write_run(tmp_path / "teachers", "t", [1.0], **script("train_teacher_cifar", freezed=True))
-    write_run(tmp_path / "students", "s", [1.0], tcheckpoint=str(teacher / "t.pth.tar"))
-    (row,) = rows_of(tmp_path / "students")
-    assert (row["method"], row["published"]) == ("hsakd", "77.20±0.17")
-
-
-def test_a_copy_of_the_teacher_says_it_too(tmp_path):
-    weights = {"fc.weight": torch.ones(2, 2)}
-    torch.save({"net": weights, "args": script("train_teacher_cifar", freezed=True)}, tmp_path / "T.pth.tar")
-    write_run(tmp_path / "students", "s", [1.0], tcheckpoint=str(tmp_path / "T.pth.tar"))
-    (row,) = rows_of(tmp_path / "students")
-    assert row["method"] == "hsakd"
-
-
-def test_an_assistant_is_no_jointly_trained_teacher(tmp_path):
-    assistant = write_run(tmp_path / "first", "a", [1.0])
-    write_run(tmp_path / "second", "s", [1.0], tcheckpoint=str(assistant / "wrn.pth.tar"))
-    (row,) = rows_of(tmp_path / "second")
-    assert row["method"] == "hsakd"
-
-
-def test_somebody_elses_plain_teacher_is_no_joint_one(tmp_path):
-    torch.save({"state_dict": {"module.fc.weight": torch.ones(2, 2)}}, tmp_path / "zoo.pth")
-    write_run(tmp_path / "students", "s", [1.0], method="kd", tcheckpoint=str(tmp_path / "zoo.pth"))
-    (row,) = rows_of(tmp_path / "students")
-    assert (row["method"], row["published"]) == ("kd", "75.23±0.23")
+def test_students_of_other_teachers_have_no_star(tmp_path):
+    """Of a frozen one, by its args.json or a copy's own arguments; of an assistant; of somebody's plain network."""
+    frozen, weights = script("train_teacher_cifar", freezed=True), {"fc.weight": torch.ones(2, 2)}
+    torch.save({"net": weights, "args": frozen}, tmp_path / "copy.pth")
+    torch.save({"state_dict": weights}, tmp_path / "zoo.pth")
+    teacher, assistant = write_run(tmp_path, "t", [1.0], **frozen), write_run(tmp_path, "a", [1.0])
+    for path in (teacher / "t.pth.tar", tmp_path / "copy.pth", assistant / "a.pth.tar", tmp_path / "zoo.pth"):
+        write_run(tmp_path / "students" / path.stem, "s", [1.0], tcheckpoint=str(path))
+        (row,) = rows_of(tmp_path / "students" / path.stem)
+        assert (row["method"], row["published"]) == ("hsakd", "77.20±0.17")
 
 
 def test_other_images_of_ones_own_are_rows_of_their_own(tmp_path):

@@ -17,18 +17,7 @@ import torch
 from test_own_images import write_splits
 
 import models
-from scripts import (
-    QUICK,
-    QUICK_RUN,
-    assert_same_run,
-    checkpoint,
-    log_lines,
-    own_signal_handlers,
-    run,
-    save_teacher,
-    status,
-    stopped,
-)
+from scripts import QUICK, assert_same_run, checkpoint, log_lines, refused, run, save_teacher, status, stopped
 from training import launch, progress, trainer
 
 TEACHER_RUN = "train_teacher_cifar_arch_resnet8_aux_dataset_digits_seed0"
@@ -56,14 +45,6 @@ def copy(whole, tmp_path):
 def content_of(folder):
     """Return name -> content of the files in a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def refused(capsys, *argv, script="train_baseline_cifar"):
-    """Return the one line that a script ends in, with status 2."""
-    capsys.readouterr()
-    assert status(script, *argv) == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
-    return line
 
 
 def test_signals_save_and_the_run_resumes_bit_exactly(whole, tmp_path):
@@ -149,10 +130,10 @@ def test_killed_twenty_times_at_random_moments(tmp_path):
 
 
 def test_a_run_under_nohup_outlives_its_terminal():
-    with own_signal_handlers():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with launch.StopSignal() as stop:
-            signal.raise_signal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with launch.StopSignal() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
     assert not stop.received
 
 
@@ -205,7 +186,7 @@ def test_a_folder_in_use_or_not_writable(tmp_path, capsys):
 
 def test_a_file_system_without_locks(tmp_path, capsys):
     with mock.patch.object(filelock.FileLock, "acquire", side_effect=NotImplementedError("no flock")):
-        run("train_baseline_cifar", *QUICK_RUN, "--arch", "resnet8", "--checkpoint-dir", tmp_path)
+        run("train_baseline_cifar", *QUICK, "--epochs", "1", "--arch", "resnet8", "--checkpoint-dir", tmp_path)
     assert "no locks" in capsys.readouterr().err and len(log_lines(tmp_path / BASELINE_RUN)) == 1
 
 
@@ -264,7 +245,7 @@ def test_evaluate_tests_the_best_weights_and_writes_nothing(copy, capsys, tmp_pa
 
 def test_a_teachers_log_and_checkpoints(tmp_path):
     """Every term and every head's accuracy is logged; checkpoints are self-describing, and load safely."""
-    run("train_teacher_cifar", *QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path)
+    run("train_teacher_cifar", *QUICK, "--epochs", "1", "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path)
     folder = tmp_path / TEACHER_RUN
     (record,) = log_lines(folder)
     names = ["train/loss", "train/task", "train/aux", "train/top1", "test/top1", "test/top5", "test/loss"]
@@ -288,7 +269,7 @@ def test_a_teachers_log_and_checkpoints(tmp_path):
 def test_a_frozen_backbone_stays_as_it_is(tmp_path):
     """Bit-exactly; the digest of its file is recorded."""
     weights = save_teacher(tmp_path / "backbone.pth", "resnet8")
-    argv = [*QUICK_RUN, "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
+    argv = [*QUICK, "--epochs", "1", "--arch", "resnet8_aux", "--checkpoint-dir", tmp_path]
     run("train_teacher_cifar", *argv, "--freezed", "--pretrained-backbone", weights)
     state, start = checkpoint(tmp_path / TEACHER_RUN)["net"], torch.load(weights, weights_only=True)["net"]
     assert all(torch.equal(state[f"backbone.{key}"], value) for key, value in start.items())
@@ -318,7 +299,7 @@ def test_a_pair_names_its_better_network(tmp_path, capsys):
 @pytest.mark.parametrize("where", ["torch.save", "tensorboard.summary.writer.record_writer.RecordWriter.write"])
 def test_a_full_disk_is_one_line(where, tmp_path, capsys):
     """At a checkpoint, and in TensorBoard's thread, which hands its error on; the run can be resumed."""
-    argv = [*QUICK_RUN, "--arch", "resnet8", "--checkpoint-dir", tmp_path]
+    argv = [*QUICK, "--epochs", "1", "--arch", "resnet8", "--checkpoint-dir", tmp_path]
     with mock.patch(where, side_effect=OSError(errno.ENOSPC, "No space left on device")):
         assert status("train_baseline_cifar", *argv) == 2
     error = capsys.readouterr().err

@@ -21,7 +21,7 @@ from test_own_images import write_splits
 import imagesets
 import methods
 import models
-from scripts import WORLD, assert_same_run, checkpoint, run, save_teacher, status, stopped
+from scripts import WORLD, assert_same_run, checkpoint, refused, run, save_teacher, stopped
 from training import Trainer, teacher_cache
 from utils import World
 
@@ -173,9 +173,8 @@ def test_what_cannot_be_stored_is_one_line(words, said, teacher, tmp_path, capsy
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr("training.start.accuracy", None)
     words = [*WORDS[:-2], *words, "--tcheckpoint", teacher, "--teacher-cache", tmp_path / "store"]
-    assert status(STUDENT, *words, "--checkpoint-dir", tmp_path / "runs") == 2
-    last = capsys.readouterr().err.splitlines()
-    assert said in last[-1] and not list(tmp_path.glob("runs/*/args.json"))
+    assert said in refused(capsys, *words, "--checkpoint-dir", tmp_path / "runs", script=STUDENT)
+    assert not list(tmp_path.glob("runs/*/args.json"))
 
 
 def test_a_store_cut_off_is_filled_again(tmp_path):

@@ -3,7 +3,6 @@
 import argparse
 import collections
 import math
-import os
 import pathlib
 import pickle
 import random
@@ -20,6 +19,7 @@ from torch import nn
 import methods
 import models
 import utils
+from scripts import Payload
 from utils import Checkpoint, UserError
 
 ONE_PER_FAMILY = ["resnet20_aux", "wrn_16_2_aux", "vgg8_bn_aux", "mobilenetV2_aux", "ShuffleV1_aux", "ShuffleV2_aux"]
@@ -183,13 +183,6 @@ def test_files_of_libraries_networks(path):
     utils.load_weights(network, path)
 
 
-def test_a_file_has_several_names(path):
-    network = small(name="resnet8")
-    torch.save({"arch": "nets.py:small", "net": network.state_dict()}, path)
-    network.arch = "./nets.py:small"
-    utils.load_weights(network, path)
-
-
 def test_numbers_of_either_numpy(path):
     """numpy 1 calls the module of its scalars and arrays numpy.core, numpy 2 numpy._core."""
     content = {**small().state_dict(), "acc": np.float64(76.5), "epoch": np.array([3])}
@@ -244,9 +237,8 @@ def test_weights_without_a_classifier_start_a_network(path):
     torch.save({name: value for name, value in state.items() if not name.startswith("fc.")}, path)
     network = small(2, "resnet8")
     Checkpoint(path).load_into(network, renew=True)
-    assert torch.equal(network.conv1.weight, state["conv1.weight"]) and not torch.equal(
-        network.fc.weight, state["fc.weight"]
-    )
+    assert torch.equal(network.conv1.weight, state["conv1.weight"])
+    assert not torch.equal(network.fc.weight, state["fc.weight"])
     torch.save({name: value for name, value in state.items() if not name.startswith("bn1.")}, path)
     with pytest.raises(UserError, match="missing: bn1.weight"):
         Checkpoint(path).load_into(network, renew=True)
@@ -323,13 +315,6 @@ def test_damaged_files_end_in_one_line(legacy, path):
             content[draw.randrange(len(content))] = draw.randrange(256)
         path.write_bytes(content)
         refused(path, network)  # an unharmed one does not fit the network either
-
-
-class Payload(str):
-    """The path of a folder that unpickling it would make."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(self),)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
