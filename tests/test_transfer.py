@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_imagesets import write_stl10
 from test_models import ONE_PER_CIFAR_FAMILY
 
 import eval_rep
