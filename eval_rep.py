@@ -43,7 +43,7 @@ class LinearProbe(nn.Module):
     def forward(self, images):
         """Return the class logits (B, N)."""
         with torch.no_grad():
-            features = self.encoder.embed(images)
+            _, features = self.encoder.features(images)
         return self.head(features)
 
 

@@ -22,18 +22,6 @@ def generator_of(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def share_of_batch(step: int, batch_size: int, count: int, world: World) -> torch.Tensor:
-    """Return this rank's positions in the epoch's order at `step`: an equal slice of the batch of all ranks.
-
-    The last batch holds what is left, padded from the start of the order to a multiple of the ranks, and to two images
-    a rank: BatchNorm cannot train on a single value.
-    """
-    first = step * batch_size
-    length = min(batch_size, count - first)
-    each = max(math.ceil(length / world.size), min(2, count, batch_size // world.size))
-    return (torch.arange(each) + first + world.rank * each) % count
-
-
 def share_of_test(length: int, limit: int | None, world: World) -> tuple[torch.Tensor, int]:
     """Return this rank's positions in a test set, and the number of all ranks' positions.
 
@@ -99,9 +87,16 @@ class Epochs:
         return order, views, generator
 
     def shares(self, start: int) -> Iterator[torch.Tensor]:
-        """Yield this rank's positions in the epoch's order at each step from `start` on."""
-        for step in range(start, self.steps):
-            yield share_of_batch(step, self.batch_size, self.num_images, self.world)
+        """Yield this rank's positions in the epoch's order, an equal slice of each batch, from step `start` on.
+
+        The last batch holds what is left, padded from the start of the order to a multiple of the ranks, and to two
+        images a rank: BatchNorm cannot train on a single value.
+        """
+        rank, ranks, _ = self.world
+        for first in range(start * self.batch_size, self.steps * self.batch_size, self.batch_size):
+            length = min(self.batch_size, self.num_images - first)
+            each = max(math.ceil(length / ranks), min(2, self.num_images, self.batch_size // ranks))
+            yield (torch.arange(each) + first + rank * each) % self.num_images
 
 
 class TrainBatches(Epochs):

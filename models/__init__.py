@@ -12,12 +12,11 @@ import torchvision
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from models import external, hub, mobilenetv2, resnet, resnet_cifar, shufflenetv1, shufflenetv2, vgg, wrn
+from models import hub, mobilenetv2, resnet, resnet_cifar, shufflenetv1, shufflenetv2, vgg, wrn
 from models.auxiliary import AuxiliaryNet, MutualPair, backbone_of, stage_features
 from models.external import attach_auxiliary, check_outputs, read_stages
 from models.hub import hub_weights, is_external, is_file, normalisation
 from models.layers import Backbone
-from models.stages import Stages
 
 __all__ = ["AuxiliaryNet", "Backbone", "MutualPair", "attach_auxiliary", "backbone_of", "hub_weights", "is_external"]
 __all__ += ["check_outputs", "is_file", "normalisation", "read_stages", "stage_features"]
@@ -123,12 +122,9 @@ def _create_external(name: str, num_classes: int, rotations: int, size: int | No
     net.arch = bare
     if bare == name:
         return net
-    branches = options.pop("branches")
     usual = hub.default_size(bare, size)
-    stages = Stages(net, torch.empty(1, 3, usual, usual), **options)
-    if size not in (None, usual):
-        stages.trace(torch.empty(1, 3, size, size))
-    return external.attach(net, stages, num_classes, rotations, branches, build)
+    made_for, example = (torch.empty(1, 3, side, side) for side in (usual, size or usual))
+    return attach_auxiliary(net, num_classes, rotations, example=example, made_for=made_for, fresh=build, **options)
 
 
 def _is_backbone(name: str) -> bool:

@@ -58,7 +58,6 @@ class StageReader:
     functions: dict[bool, Callable]  # per mode, training or not
     taps: dict[str, tuple]  # and their shapes
     layouts: list[str]  # of the taps
-    classifier: list[str]  # the layers of the logits
 
     def __call__(self, net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return the tapped tensors as they are, shallow to deep, the embedding and the logits (B, N)."""

@@ -43,8 +43,6 @@ class Branch(nn.Module):
             if not hasattr(owner, parent):
                 owner.add_module(parent, nn.Module())
             owner = getattr(owner, parent)
-        if isinstance(getattr(owner, name, None), (Tensor, nn.Module)):
-            return
         item = operator.attrgetter(path)(source)
         if isinstance(item, Tensor) and not isinstance(item, nn.Parameter):
             owner.register_buffer(name, item, persistent=path in source.state_dict(keep_vars=True))
@@ -102,6 +100,7 @@ def attach_auxiliary(
     branches: str = "copy",
     classifier: str | None = None,
     fresh: Callable[[], nn.Module] | None = None,
+    made_for: Tensor | None = None,
 ) -> AuxiliaryNet:
     """Return `net` with an auxiliary classifier per stage: x -> (logits (B, N), [aux logits (B, N * rotations), ...]).
 
@@ -109,21 +108,13 @@ def attach_auxiliary(
     it is kept unchanged, as `backbone`. `taps` is the largest number of branches, `classifier` the name of the
     layer that makes the logits, where several do. `fresh()` returns a newly initialised network like `net`, whose parts
     the branches take; without it they are copies of `net`'s, newly initialised where a module has `reset_parameters`.
+    `made_for` is an image of the size at which the taps are chosen, by default `example`.
     Raises ValueError, in one line, for a network that cannot be traced or cut, or of another number of classes.
     """
     example = torch.zeros(1, 3, 224, 224) if example is None else example
-    return attach(net, Stages(net, example, taps, classifier), num_classes, rotations, branches, fresh)
-
-
-def attach(
-    net: nn.Module,
-    stages: Stages,
-    num_classes: int,
-    rotations: int,
-    branches: str,
-    fresh: Callable[[], nn.Module] | None,
-) -> AuxiliaryNet:
-    """Return `net` with an auxiliary classifier for its stages; ValueError as `attach_auxiliary`."""
+    stages = Stages(net, example if made_for is None else made_for, taps, classifier)
+    if made_for is not None and made_for.shape != example.shape:
+        stages.trace(example)
     if branches not in BRANCHES:
         raise ValueError(f"branches are {' or '.join(BRANCHES)}, not {branches!r}")
     if stages.num_classes != num_classes:
@@ -160,7 +151,7 @@ def reader_of(stages: Stages) -> StageReader:
     """Return the function that runs a network and hands out its stages."""
     functions = {mode: trace.reader(stages.taps, stages.embedding) for mode, trace in stages.traces.items()}
     taps = {name: found.shape for name, found in zip(stages.names, stages.maps, strict=True)}
-    return StageReader(functions, taps, [found.layout for found in stages.maps], stages.classifier)
+    return StageReader(functions, taps, [found.layout for found in stages.maps])
 
 
 def copied_branches(net: nn.Module, stages: Stages, fresh: Callable[[], nn.Module] | None) -> list[list[nn.Module]]:
@@ -230,7 +221,8 @@ def check_batches(network: AuxiliaryNet, example: Tensor) -> None:
     for mode in (True, False):
         try:
             with torch.no_grad():
-                logits, aux_logits = copied.train(mode)(images)
+                copied.train(mode).backbone.train(mode)  # whose weights, as none of the copy's, are not trained
+                logits, aux_logits = copied(images)
         except Exception as error:  # whatever the network's own code raises
             raise TraceError(f"{type(network.backbone).__name__} cannot be cut: {first_line(error)}") from None
         if any(len(output) != len(images) or output.ndim != 2 for output in (logits, *aux_logits)):

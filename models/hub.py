@@ -111,8 +111,6 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
 def margin(name: str) -> float:
     """Return the ratio of the resized side to the crop in the library's preprocessing, such as 256 / 224."""
     found = _images_of(name)
-    if not found:
-        return 1.0
     return 1 / found.crop_pct if name.startswith("timm/") else found.resize_size[0] / found.crop_size[0]
 
 

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """A classification network, (B, 3, H, W) -> (B, N); a family adds `features` and `build_auxiliary`."""
+    """A classification network, (B, 3, H, W) -> (B, N).
+
+    A family adds `features(x)`, its tapped feature maps, shallow to deep, and the pooled embedding (B, D) that the head
+    sees, and `build_auxiliary(num_outputs)`, a new auxiliary classifier with a branch of `num_outputs` logits per tap.
+    """
 
     head_name = "fc"  # the published state dicts name the last linear layer differently per family
 
@@ -17,21 +21,9 @@ class Backbone(nn.Module):
         """The last linear layer, (B, D) -> (B, N)."""
         return getattr(self, self.head_name)
 
-    def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the tapped feature maps, shallow to deep, and the pooled embedding (B, D)."""
-        raise NotImplementedError
-
-    def build_auxiliary(self, num_outputs: int) -> nn.Module:
-        """Return a new auxiliary classifier with one branch per tap, each ending in `num_outputs` logits."""
-        raise NotImplementedError
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Return the pooled embedding (B, D) that the head sees."""
-        return self.features(x)[1]
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the class logits (B, N)."""
-        return self.head(self.embed(x))
+        return self.head(self.features(x)[1])
 
 
 def global_pool(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from models.auxiliary import AuxiliaryClassifier
-from models.layers import Backbone, global_pool, init_weights
+from models.layers import Backbone, global_pool, init_weights, tapped
 
 EXPANSION = 6
 FINAL_WIDTH = 1280
@@ -75,13 +75,8 @@ class MobileNetV2(Backbone):
 
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the taps (strides 1, 2, 4, 8 after the stem's) and the embedding (B, 1280)."""
-        x = self.conv1(x)
-        taps = []
-        for index, stage in enumerate(self.blocks):
-            x = stage(x)
-            if index in TAPPED:
-                taps.append(x)
-        return taps, global_pool(self.conv2(x))
+        outputs = tapped(self.blocks, self.conv1(x))
+        return [outputs[index] for index in TAPPED], global_pool(self.conv2(outputs[-1]))
 
     def build_auxiliary(self, num_outputs: int) -> AuxiliaryClassifier:
         """Return four branches of the remaining stages, each with its own final convolution."""

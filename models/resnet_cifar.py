@@ -2,13 +2,13 @@
 
 from functools import partial
 
-from models.resnet import BasicBlock, SmallResNet
+from models.resnet import BasicBlock, ResNet
 
 
-class CifarResNet(SmallResNet):
+class CifarResNet(ResNet):
     """ResNet of depth 6n + 2; `widths` are those of the stem and of the three stages."""
 
-    zero_aux_bias = True
+    zero_aux_bias = small_images = True
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int], num_classes: int):
         super().__init__(BasicBlock, ((depth - 2) // 6,) * 3, num_classes, widths[0], widths[1:])

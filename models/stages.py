@@ -49,16 +49,16 @@ class Stages:
         self.trace(example)
         self._trace = self.traces[False]
         self.num_classes = self._trace.output.meta["value"].shape[-1]
-        self.classifier, embedding = self._find_classifier(classifier)
+        embedding = self._find_classifier(classifier)
         self.embedding = self._trace.keys[embedding]
         self.width = embedding.meta["value"].shape[1 if embedding.meta["value"].ndim == 4 else -1]
         cuts = [node for node in self._trace.cuts() if self._is_feature_map(node, embedding)]
         blocks = self._blocks(cuts)
         nodes = self._find_taps(cuts, blocks, taps)
         if not nodes:
-            raise TraceError(
-                f"{type(net).__name__} cannot be cut: no tensor between two blocks carries all data{self._reason()}"
-            )
+            reasons = [f" ({path or 'the network'}: {why})" for path, why in self._trace.reasons.items()]
+            what = "cannot be cut: no tensor between two blocks carries all data"
+            raise TraceError(f"{type(net).__name__} {what}{''.join(reasons[:1])}")
         self.taps = [self._trace.keys[node] for node in nodes]
         self.maps = [self._map(node) for node in nodes]
         self.names = self._names(nodes)
@@ -89,12 +89,8 @@ class Stages:
             for path in paths
         ]
 
-    def _reason(self) -> str:
-        """Return why modules of the network stand as one call, if some do."""
-        return "".join(f" ({path or 'the network'}: {why})" for path, why in list(self._trace.reasons.items())[:1])
-
-    def _find_classifier(self, name: str | None) -> tuple[list[str], fx.Node]:
-        """Return the names of the layers that make the logits, and the node that they read."""
+    def _find_classifier(self, name: str | None) -> fx.Node:
+        """Return the node that the layers read that make the logits, the one of this name if it is given."""
         found, seen, waiting = {}, set(), [self._trace.output]
         while waiting:
             node = waiting.pop()
@@ -116,14 +112,14 @@ class Stages:
         if len(inputs) != 1:
             several = f"has several classifiers ({', '.join(sorted(found))}): name one with --classifier"
             raise TraceError(f"{type(self._net).__name__} {several}")
-        return list(found), next(iter(inputs))
+        return next(iter(inputs))
 
     def _common_embedding(self, classifiers: list[fx.Node]) -> list[fx.Node]:
         """Return the embedding (B, D) that several classifiers read, each after a norm of its own at most, if any."""
-        first = min(classifiers, key=self._trace.order.get)
-        cuts = [node for node in self._trace.cuts() if self._before([node], first) and node.meta["value"].ndim == 2]
-        between = {node for node in self._trace.data if self._before(cuts[-1:], node) and self._layer(node)}
-        return cuts[-1:] if between == set(classifiers) else []
+        order = self._trace.order
+        first = min(map(order.get, classifiers))
+        cuts = [node for node in self._trace.cuts() if order[node] < first and node.meta["value"].ndim == 2]
+        return cuts[-1:] if self._layers_between(cuts[-1:], self._trace.output) == set(classifiers) else []
 
     def _layer(self, node: fx.Node) -> str | None:
         """Return the name of the layer with a weight matrix that makes a node, or None."""
@@ -145,16 +141,11 @@ class Stages:
             return False
         found = self._map(node)
         alone = found.positions == 1 and max(image.shape[2:]) > _LARGE_IMAGE
-        return found.layout is not None and not alone and self._before([node], embedding, equal=True)
+        return found.layout is not None and not alone and self._trace.order[node] <= self._trace.order[embedding]
 
     def _map(self, node: fx.Node) -> FeatureMap:
         """Return what is known of the tensor of a node."""
         return FeatureMap(node.meta["value"].shape, self._trace.data[0].meta["value"].shape)
-
-    def _before(self, earlier: list[fx.Node], node: fx.Node, equal: bool = False) -> bool:
-        """Say whether `node` comes after all of `earlier`; itself counts where `equal`."""
-        order = self._trace.order
-        return all(order[other] < order[node] or (equal and other is node) for other in earlier)
 
     def _blocks(self, cuts: list[fx.Node]) -> list[fx.Node]:
         """Return those cuts that are the output of a block: a module of several layers, or a residual sum.
@@ -187,23 +178,22 @@ class Stages:
         last = {self._map(node).level: node for node in cuts} | {self._map(node).level: node for node in blocks}
         taps = []
         for level in sorted(last):
-            if self._before(taps, last[level]) and self._has_layers(taps[-1:], last[level]):
+            if self._layers_between(taps[-1:], last[level]):
                 taps.append(last[level])
         return taps[-count:]
 
     def _same_shape(self, candidates: list[fx.Node], taps: list[fx.Node]) -> list[fx.Node]:
         """Return the candidates between the last two taps that have the shape of the last one."""
         *earlier, last = taps
+        first = self._trace.order[earlier[-1]] if earlier else -1
         same = [node for node in candidates if node.meta["value"].shape == last.meta["value"].shape]
-        same = [node for node in same if self._before(earlier[-1:], node, equal=True) and self._before([node], last)]
-        return [node for node in same if self._has_layers([node], last)]
+        return [node for node in same if self._trace.order[node] >= first and self._layers_between([node], last)]
 
-    def _has_layers(self, start: list[fx.Node], end: fx.Node) -> bool:
-        """Say whether some layer lies between a node, or the image, and another one."""
-        between = [
-            node for node in self._trace.data if self._before(start, node) and self._before([node], end, equal=True)
-        ]
-        return any(self._layer(node) for node in between)
+    def _layers_between(self, start: list[fx.Node], end: fx.Node) -> set[fx.Node]:
+        """Return the nodes that a layer makes after `start`, or from the image on if it is empty, up to `end`."""
+        order, first = self._trace.order, self._trace.order[start[0]] if start else -1
+        between = (node for node in self._trace.data if first < order[node] <= order[end])
+        return {node for node in between if self._layer(node)}
 
 
 def _heavy(module: nn.Module) -> int:

@@ -11,15 +11,6 @@ from models.layers import Backbone, global_pool, init_weights
 WIDTHS = (64, 128, 256, 512, 512)
 
 
-def conv_block(in_width: int, width: int, convs: int, batch_norm: bool) -> nn.Sequential:
-    """Return 3x3 convolutions with ReLU, and BatchNorm if asked for, without the last ReLU."""
-    layers: list[nn.Module] = []
-    for index in range(convs):
-        layers.append(nn.Conv2d(in_width if index == 0 else width, width, 3, padding=1))
-        layers += [nn.BatchNorm2d(width)] * batch_norm + [nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
-
-
 class VGG(Backbone):
     """VGG with `convs[i]` convolutions in block i; taps are the activated outputs of blocks 0, 1, 2 and 4."""
 
@@ -34,10 +25,12 @@ class VGG(Backbone):
         init_weights(self, linear_std=0.01)
 
     def make_block(self, index: int, in_width: int | None = None) -> nn.Sequential:
-        """Return a new block `index`, fed by the block before it unless `in_width` says otherwise."""
-        if in_width is None:
-            in_width = (3, *WIDTHS)[index]
-        return conv_block(in_width, WIDTHS[index], self.convs[index], self.batch_norm)
+        """Return a new block `index` without its last ReLU, fed by `in_width` channels or by the block before it."""
+        width, layers = WIDTHS[index], []
+        for before in [in_width or (3, *WIDTHS)[index]] + [width] * (self.convs[index] - 1):
+            layers.append(nn.Conv2d(before, width, 3, padding=1))
+            layers += [nn.BatchNorm2d(width)] * self.batch_norm + [nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers[:-1])
 
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the taps (strides 1, 2, 4 and 8, or 16 for 64x64 images) and the embedding (B, 512)."""
