@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import json
 import math
 import os
 import pathlib
@@ -254,6 +255,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> Checkpoint:
     checkpoint = Checkpoint(path)
     checkpoint.load_into(model)
     return checkpoint
+
+
+def read_json(path: pathlib.Path) -> dict | None:
+    """Return the dict in a JSON file, or None if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 @contextlib.contextmanager

@@ -18,9 +18,7 @@ class DKD(Imitation):
     temperature = Constant(4.0, "temperature", options.above_zero, "--kd_T", family={"imagenet": 1.0})
     alpha = Constant(1.0, "weight of the target term")
     beta = Constant(8.0, "weight of the non-target term", family=BETA)
-    warmup_epochs = Constant(
-        20, "epochs over which the term fades in", options.natural, "--loss-warmup", family={"imagenet": 1}
-    )
+    warmup_epochs = Constant(20, "epochs of the term's ramp", options.natural, "--loss-warmup", family={"imagenet": 1})
     standardize = STANDARDIZE
 
     def imitation(self, student, teacher, batch):

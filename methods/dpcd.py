@@ -24,16 +24,12 @@ class DPCD(Objective):
     whole_batches = True
     imagenet_batch = 128
 
-    temperature = Constant(
-        3.0, "temperature of the teacher path", options.above_zero, "--kd_T", family={"imagenet": 1.0}
-    )
+    temperature = Constant(3.0, "teacher path's temperature", options.above_zero, "--kd_T", family={"imagenet": 1.0})
     ced_temperature = Constant(3.0, "temperature of the self path", options.above_zero)
     beta = Constant(6.0, "non-target weight before its clamp", family={"imagenet": 0.5})
     beta_range = Constant((1.0, 4.0), "clamp of beta", pair=True, family=BETA_RANGE)
     alpha_range = Constant((0.5, 2.0), "clamp of alpha", pair=True)
-    warmup_epochs = Constant(
-        20, "epochs over which the term fades in", options.natural, "--loss-warmup", family={"imagenet": 0}
-    )
+    warmup_epochs = Constant(20, "epochs of the term's ramp", options.natural, "--loss-warmup", family={"imagenet": 0})
     ema = Constant(0.9, "share of the old value in the moving confidence", options.below_one)
     history = Constant(2000, "confidences kept for the threshold", options.positive, family={"imagenet": 20000})
     threshold = Constant(0.6, "threshold until the history is full")

@@ -30,9 +30,7 @@ class HSAKD(Objective):
         ours, theirs = (part.num_branches for part in heads)
         if ours != theirs:
             heads[0].freeze(ours - theirs)
-            print_main(
-                f"{ours} heads of the student, {theirs} of the teacher: the {min(ours, theirs)} deepest are paired"
-            )
+            print_main(f"{ours} heads, {theirs} of the teacher: the {min(ours, theirs)} deepest are paired")
 
     def step(self, model, batch):
         rotations = rotations_of(model)

@@ -48,9 +48,7 @@ class ReviewKD(Imitation):
     reads = "features"
 
     feature_weight = Constant(1.0, "weight of the imitation", family=WEIGHTS)
-    warmup_epochs = Constant(
-        20, "epochs over which the term fades in", options.natural, "--loss-warmup", family={"imagenet": 1}
-    )
+    warmup_epochs = Constant(20, "epochs of the term's ramp", options.natural, "--loss-warmup", family={"imagenet": 1})
 
     def prepare(self, model, images, num_images=0):
         with torch.no_grad():

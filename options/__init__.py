@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from options.data import add_augmentation, add_data, add_statistics, check_data, recorded_keep, test_settings
+from options.data import add_augmentation, add_data, add_statistics, check_data, test_settings
 from options.networks import add_networks, create, named, own_reading, own_statistics
 from options.parser import (
     Parser,
@@ -27,7 +27,7 @@ from options.parser import (
     shown,
     tag,
 )
-from utils import warn
+from utils import read_json, warn
 
 __all__ = ["Parser", "above_zero", "architecture", "below_one", "given", "natural", "not_negative", "path", "positive"]
 __all__ += ["add_networks", "add_statistics", "create", "named", "own_reading", "own_statistics", "share", "shown"]
@@ -88,12 +88,6 @@ def training_parser(
     add("--override", nargs="+", metavar="NAME=VALUE", help=listed)
     add("--evaluate", action="store_true", help="test the run folder's best weights and stop")
     add("--save-minutes", type=above_zero, default=15, help="minutes between saves inside an epoch (default: 15)")
-    add_distributed(parser)
-    return parser
-
-
-def add_distributed(parser: Parser) -> None:
-    """Add the published flags of runs on several devices or machines."""
     add = parser.add_argument_group("several processes (torchrun needs none of the published flags)").add_argument
     add("--multiprocessing-distributed", action="store_true", help="one process for each id of --gpu-id")
     add("--dist-url", default="tcp://127.0.0.1:23456", help="tcp://HOST:PORT of the first machine")
@@ -102,16 +96,12 @@ def add_distributed(parser: Parser) -> None:
     add("--world-size", type=positive, default=1, help="number of machines")
     add("--rank", type=natural, default=0, help="number of this machine, from 0")
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes")
+    return parser
 
 
 def add_choice(add: Callable, weights: str) -> None:
     """Add which weights of the flag `weights` are meant if its file holds several."""
-    add(
-        "--net",
-        type=int,
-        choices=[1, 2],
-        help=f"network to take from a mutual pair's {weights}; default: the better one",
-    )
+    add("--net", type=int, choices=[1, 2], help=f"network of a mutual pair in {weights}; default: the better one")
     add_weights_key(add, weights)
 
 
@@ -218,7 +208,8 @@ def run_folder(args: argparse.Namespace) -> str:
 
 def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments of `imagesets.load` that the command line gives, or else the run that is resumed."""
-    keep = recorded_keep(run_folder(args)) if args.resume else None
+    started = read_json(Path(run_folder(args), "args.json")) if args.resume else None
+    keep = (started or {}).get("image_set", {}).get("keep")
     more = {"seed": args.manual_seed, "val_split": args.val_split, "few_ratio": getattr(args, "few_ratio", None)}
     more |= {"augment": getattr(args, "augment", None), "flip": False if getattr(args, "no_flip", False) else None}
     more |= {"views": getattr(args, "views", None), "views_seed": getattr(args, "views_seed", 0)}

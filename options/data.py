@@ -1,8 +1,6 @@
 """The flags of images: where they are, and how they are read, normalised and augmented."""
 
 import argparse
-import json
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +28,7 @@ def add_data(parser: Parser, dataset_name: str) -> None:
     add("--class-names", type=line_list, metavar="FILE", help="the order of the classes: a name a line")
     group = parser.add_argument_group("folders of images")
     add = group.add_argument
-    add(
-        "--image-size", type=positive, metavar="N", help="pixels a side; default: the images', at most 96; ImageNet 224"
-    )
+    add("--image-size", type=positive, metavar="N", help="pixels a side (default: the images', up to 96; ImageNet 224)")
     add("--resize", choices=["crop", "squash", "pad"], help="how images become square (default: crop)")
     add("--test-split", type=part, metavar="R", help="share held out for testing if there is no test folder")
     add("--skip-bad-images", action="store_true", help="skip unreadable images, and name them")
@@ -80,12 +76,3 @@ def test_settings(args: argparse.Namespace) -> dict[str, Any]:
         "skip_bad_images": args.skip_bad_images,
         **{name: value for name, value in found.items() if value is not None},
     }
-
-
-def recorded_keep(folder: str) -> str | None:
-    """Return how the run in `folder` keeps its images, "memory" or "files", if it has recorded that."""
-    try:
-        with open(os.path.join(folder, "args.json"), encoding="utf-8") as file:
-            return json.load(file)["image_set"].get("keep")
-    except (OSError, ValueError, LookupError):
-        return None

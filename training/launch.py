@@ -54,10 +54,6 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received, self.interrupted = True, number == signal.SIGINT
 
-    def preempted(self) -> Preempted:
-        """Return the exception that ends the run, once it is saved."""
-        return Preempted(130 if self.interrupted else 143)
-
 
 def restarted() -> bool:
     """Return whether torchrun has started the processes again after one of them failed."""

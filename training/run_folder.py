@@ -9,7 +9,7 @@ from typing import Any
 
 import filelock
 
-from utils import UserError, replacing, save_checkpoint, warn
+from utils import UserError, read_json, replacing, warn
 
 # Arguments that may differ between a run and its resumption: where and how it runs, how long, and paths, whose files
 # may have moved. (That the teacher is the same one is checked by its weights.)
@@ -22,15 +22,6 @@ FREE_ARGUMENTS = {
 # Those that change a result by rounding alone: they may differ too.
 ROUNDING_ARGUMENTS = {"accumulate", "compile", "amp"}
 LOCK_PATIENCE = 10  # seconds that a resumed run waits: the data workers of a killed one hold its lock until they notice
-
-
-def read_json(path: Path) -> dict | None:
-    """Return the dict in a JSON file, or None if there is none that can be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def read_log(path: Path) -> list[dict]:
@@ -109,10 +100,6 @@ class RunFolder:
         if not self.last.exists() and len(read_log(self.log)) != 1:
             raise UserError(f"--resume: {self.last} is missing: put it back, or start anew with --tag")
 
-    def close(self) -> None:
-        """Let go of the folder, so that another run of this process too can open it."""
-        self.lock.release()
-
     def write_settings(self, epoch: int = 0, opening: dict | None = None) -> None:
         """Write the run's settings, and what was found before its first step: `opening`.
 
@@ -127,12 +114,6 @@ class RunFolder:
         content = {**new, **(opening or {}), **kept}
         with replacing(self.arguments, "w") as file:
             file.write(json.dumps(content, indent=1) + "\n")
-
-    def save(self, state: dict, best: bool) -> None:
-        """Write a Trainer's state as the last checkpoint, and before it as the best one if it is."""
-        if best:
-            save_checkpoint(state, self.best)
-        save_checkpoint(state, self.last)
 
 
 class RunLog:

@@ -92,7 +92,7 @@ class Trainer:
             self.begin()
         except BaseException:  # else a corrected call in a notebook would find the folder in use
             if self.run:
-                self.run.close()
+                self.run.lock.release()
             raise
 
     def begin(self) -> None:
@@ -154,7 +154,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             if self.run:
-                stack.callback(self.run.close)
+                stack.callback(self.run.lock.release)  # another run of this process may open the folder
             if self.evaluate:
                 return start.test_best(self)
             distributed.set_timeout(self.dist_timeout)
@@ -246,7 +246,7 @@ class Trainer:
         if stopped:
             step = self.step_in_epoch if self.resumable else 0
             print_main(f"stopped by a signal; --resume continues at epoch {epoch + 1}, step {step}")
-            raise stop.preempted()
+            raise launch.Preempted(130 if stop.interrupted else 143)
 
     def check_finite(self, epoch: int) -> None:
         """Raise UserError if training has diverged, before anything of that is saved."""
@@ -293,5 +293,7 @@ class Trainer:
         """Write the last checkpoint, and before it the best one if this is it."""
         content = self.state_dict()
         if self.world.is_main:
-            self.run.save(content, best)
+            if best:
+                utils.save_checkpoint(content, self.run.best)
+            utils.save_checkpoint(content, self.run.last)
         distributed.barrier()
