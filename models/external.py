@@ -220,7 +220,7 @@ def check_batches(network: AuxiliaryNet, example: Tensor) -> None:
     copied = meta_copy(network)
     for mode in (True, False):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), META:
                 copied.train(mode).backbone.train(mode)  # whose weights, as none of the copy's, are not trained
                 logits, aux_logits = copied(images)
         except Exception as error:  # whatever the network's own code raises

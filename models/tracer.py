@@ -130,6 +130,7 @@ class Tracer(fx.Tracer):
             if _host_generators() != generators:  # as in some stochastic depths: the graph would hold this one draw
                 raise TraceError("draws random numbers in Python")
         except Exception as error:  # whatever the module's own code raises on meeting a stand-in
+            _restore_host_generators(generators)  # else the modules around it would seem to draw
             self.module_stack = stack
             del self.outputs[found:]
             while (node := next(iter(reversed(self.graph.nodes)))) is not last:
@@ -190,6 +191,13 @@ def first_line(error: BaseException) -> str:
 def _host_generators() -> bytes:
     """Return the states of the generators that Python code draws from."""
     return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state()))
+
+
+def _restore_host_generators(states: bytes) -> None:
+    of_torch, of_python, of_numpy = pickle.loads(states)
+    torch.set_rng_state(torch.from_numpy(of_torch))
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
 
 
 def _meta_argument(value: Any) -> Any:

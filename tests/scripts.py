@@ -70,7 +70,7 @@ def refused(capsys, *argv, script="train_baseline_cifar"):
     assert status(script, *argv) == 2
     error = capsys.readouterr().err
     (line,) = (line for line in error.splitlines() if line.startswith(f"{script}.py: error: "))
-    assert "Traceback" not in error
+    assert error.endswith(f"{line}\n") and "usage:" not in error and "Traceback" not in error
     return line
 
 

@@ -109,6 +109,7 @@ def test_attached_network_keeps_the_logits_and_trains_every_weight(branches):
     network = tiny_aux(branches=branches)
     check(network, Tiny(), torch.randn(5, 3, 40, 24))
     assert network.auxiliary_classifier.num_branches == 3
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in network.parameters())
 
 
 def test_branches_are_new_and_their_own():
@@ -452,6 +453,27 @@ class Skipping(nn.Module):
 
     def forward(self, x):
         return x if self.training and random.random() < 0.5 else x + self.conv(x)
+
+
+class Dropping(nn.Module):
+    """A block that draws its mask on the host."""
+
+    def forward(self, x):
+        return x * (torch.rand(16, 1, 1) < 0.5).to(x.device) if self.training else x
+
+
+def test_the_modules_around_a_draw_are_looked_into():
+    class Deep(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.stage2.append(Dropping())
+            self.stages = nn.Sequential(self.stage1, self.stage2, self.stage3)
+
+        def forward(self, x):
+            return self.fc(self.stages(self.stem(x)).mean((2, 3)) * self.scale)
+
+    network = models.attach_auxiliary(Deep(), 10, example=SMALL, fresh=Deep)
+    assert len(network.backbone.stage_reader.taps) == 3
 
 
 def test_draws_in_python_stay_draws():

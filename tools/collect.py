@@ -26,8 +26,11 @@ def main(argv=None) -> None:
     kept = {key: value for key, value in settings.items() if key not in FREE_ARGUMENTS - KEPT}
     found = {"name": args.name, "seed": settings["manual_seed"], "args": kept, "log": log, "versions": versions()}
     line = json.dumps(found) + "\n"
-    with open(args.into, "a", encoding="utf-8", buffering=len(line) + 1) as file:
-        file.write(line)
+    try:
+        with open(args.into, "a", encoding="utf-8", buffering=len(line) + 1) as file:
+            file.write(line)
+    except OSError as error:
+        parser.error(f"{args.into}: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def agreement_section(study: Study) -> Section:
     for kind, colour in zip(kinds, SHARES, strict=True):
         widths = torch.tensor([share[kind] for share in shares.values()])
         bars = axes.barh([*shares], widths, left=left, color=colour, label=kind)
-        axes.bar_label(bars, fmt=lambda width: f"{width:.0f}" * (width >= 4), label_type="center", fontsize=8)
+        axes.bar_label(bars, fmt=lambda width: f"{width:.0f}" if width >= 4 else "", label_type="center", fontsize=8)
         left += widths
     axes.invert_yaxis()
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.4, -0.35))
