@@ -5,7 +5,7 @@
 The plain backbone is written, without auxiliary heads; how its images are read is in the file and in FILE.json. The
 file is read back and compared with the network on test images, or on those of --images: if a logit differs by more than
 1e-3 of the largest one, the file is removed and the exit status is 1. --int8 writes FILE_int8.onnx too, calibrated on
-training images, and prints both accuracies. The packages of requirements-extra.txt are needed.
+training images, and prints both accuracies. ONNX needs the packages of requirements-extra.txt.
 """
 
 import os

@@ -21,7 +21,7 @@ TESTS = {
     "imagefolder": ("val_sorted", "val", "valid", "test"),
     "imagenet": ("val",),
 }
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # listed without a look
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # listed unopened
 LARGEST_CHOSEN = 96  # pixels a side of own images whose size is not given
 MEMORY = 2e9  # bytes of images that are kept in memory
 
@@ -76,7 +76,7 @@ def class_names(folder: Path) -> list[str]:
 def read_folder(folder: Path) -> ImageSet:
     """Return the images of `folder/<class>/`, without hidden files; print what is there on stderr.
 
-    A file without a usual ending is opened to see whether it is an image. Raises UserError if a class has no images.
+    A file of unknown extension is opened to see whether it is an image. UserError if a class has no images.
     """
     left_out = []
 
@@ -107,15 +107,15 @@ def read_folder(folder: Path) -> ImageSet:
 
 
 def not_images(paths: Iterable[Path]) -> str:
-    """Return how many of the files that are no images have which ending, as the rest of a line; empty if none are."""
-    counts = Counter(path.suffix or "without an ending" for path in paths)
+    """Return the number of non-image files by extension, as the rest of a line; empty if there are none."""
+    counts = Counter(path.suffix or "with no extension" for path in paths)
     listed = ", ".join(f"{count} {ending}" for ending, count in counts.items())
     heif = {".heic", ".heif"} & {ending.lower() for ending in counts} and "HEIF" not in FORMATS
     return f"; not images: {listed}" * bool(listed) + " (pip install pillow-heif reads HEIC)" * bool(heif)
 
 
 def reading(name: str, images: ImageSet, size: int | None, settings: Settings) -> dict:
-    """Return the fields of an ImageSet that about 100 of the training `images` decide; print and warn what they are."""
+    """Return the ImageSet fields that up to 100 of `images` decide (`grey_range`: 2,000); report them on stderr."""
     headers = [found for found in map(header, images.some(100).paths) if found]
     if not headers:
         raise UserError(f"unreadable image {os.fsdecode(images.paths[0])}, and so are others")

@@ -47,9 +47,9 @@ def training_transform(images: ImageSet, augmentation: Augmentation) -> Callable
 
 
 class Images(Dataset):
-    """Item (number, key) -> (image (3, S, S) uint8, label, number, end of the key), or a line if it cannot be read.
+    """Item (number, key) -> (image (3, S, S) uint8, label, number, key[-1]), or an error line if it cannot be read.
 
-    The key seeds the transform; its end is the view, if views are fixed.
+    The key seeds the transform; key[-1] is the view, if views are fixed.
     """
 
     def __init__(self, images: ImageSet, transform: Callable):
@@ -67,7 +67,7 @@ class Images(Dataset):
 
 
 def collate(found: list) -> tuple:
-    """Join `Images` items into (images, labels, numbers, ends of keys, lines about unreadable images), or the lines."""
+    """Join `Images` items into (images, labels, numbers, key[-1] each, error lines), or (error lines,) if all fail."""
     bad = [item for item in found if isinstance(item, str)]
     good = [item for item in found if not isinstance(item, str)]
     if not good:
@@ -116,7 +116,7 @@ class Reader:
         )
 
     def read(self, plan: Iterable[list]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield (images (B, 3, S, S) float32, labels (B,), index (B,), ends of keys (B,)) of the batches in `plan`.
+        """Yield (images (B, 3, S, S) float32, labels (B,), index (B,), key[-1] (B,)) of the batches in `plan`.
 
         Unreadable images are skipped, named once and counted, or raise a UserError.
         """

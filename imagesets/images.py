@@ -20,7 +20,7 @@ try:
 except ImportError:  # torchvision has announced that it will leave; PIL reads the files then
     decode_jpeg = None
 
-# Not Pillow's whole list: its reader of EPS runs Ghostscript on a file, whatever the file's ending.
+# Not Pillow's whole list: its reader of EPS runs Ghostscript on a file, whatever its extension.
 FORMATS = ["JPEG", "JPEG2000", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF"]
 with suppress(ImportError):
     from pillow_heif import register_heif_opener
@@ -40,7 +40,7 @@ class Settings:
     seed: int = 0  # of order and augmentation
     world: World = World()  # noqa: RUF009 - a tuple
     workers: int = 4  # threads, or processes if images are not kept in memory, that read files
-    limit: int | None = None  # batches of a pass; a test's have 256 images or more
+    limit: int | None = None  # batches of a pass; tests in memory: of 256+ images
     val_split: float = 0.0  # share of training images held out
     few_ratio: float | None = None  # share of the others trained on
     skip_bad_images: bool = False
@@ -183,7 +183,7 @@ def to_rgb(image: Image.Image, grey_range: tuple[int, int]) -> Image.Image:
 
 
 def decode(path: str, grey_range: tuple[int, int] = (0, 65535)) -> torch.Tensor:
-    """Return the image at `path` as (3, H, W) uint8, upright, whatever its ending; UserError if it cannot be read.
+    """Return the image at `path` as (3, H, W) uint8, upright, of any extension; UserError if it cannot be read.
 
     JPEG is decoded by torchvision, which is faster; Pillow decodes the rest, and what torchvision cannot. Pillow reads
     every header, so its limit of pixels holds for both.

@@ -25,7 +25,7 @@ def generator_of(*key: int) -> torch.Generator:
 def share_of_test(length: int, limit: int | None, world: World) -> tuple[torch.Tensor, int]:
     """Return this rank's positions in a test set, and the number of all ranks' positions.
 
-    They are all of the `length`, or `limit` of them spread evenly over all classes.
+    They are all of the `length`, or `limit` of them, evenly spaced.
     """
     count = min(length, limit or length)
     if count < world.size:

@@ -52,8 +52,8 @@ class Outputs(NamedTuple):
 class Constant:
     """A constant of a method: a class attribute that becomes a keyword argument and a flag of the command line.
 
-    `family` holds other defaults by network: the key is the beginning of the teacher's name, `imagenet` for a network
-    for ImageNet, or `teacher->student`; the longest matching key wins.
+    `family` holds other defaults by network: the key is a prefix of the teacher's name, `imagenet` for ImageNet data
+    or networks, or `teacher->student`; the longest matching key wins.
     """
 
     default: Any
@@ -144,7 +144,7 @@ class Objective:
     name: str  # as --method and `methods.find` know it
     networks = "plain"  # what it trains: "plain", "auxiliary" or "pair"
     rotations = 4  # views that its auxiliary networks' heads tell apart
-    reads: str | None = None  # of the teacher: "logits", "heads" and logits of all views, "features" and logits
+    reads: str | None = None  # of the teacher: "logits", "heads" (+ logits, all views), "features" (+ logits)
     needs_index = False  # whether a batch must number its images
     whole_batches = False  # whether its terms are of whole batches, which --accumulate would split
     imagenet_batch = 256  # images of a step on ImageNet, as published

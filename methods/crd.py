@@ -12,10 +12,10 @@ SIDES = ("student", "teacher")
 
 
 class CRD(Imitation):
-    """Cross-entropy, and the contrastive loss of both networks' embeddings against memories of the training images.
+    """Cross-entropy, and the contrastive loss of both embeddings against memory banks of the training images.
 
     Negatives are drawn with replacement from all images; those known to be of the anchor's class do not count. The
-    memories are of whole batches, equal in every process.
+    banks take in whole batches, equal in every process.
     """
 
     name = "crd"
@@ -26,7 +26,7 @@ class CRD(Imitation):
     negatives = Constant(16384, "negatives of an image", options.positive)
     dimensions = Constant(128, "dimensions of the embeddings", options.positive)
     temperature = Constant(0.07, "temperature", options.above_zero, "--kd_T")
-    memory_momentum = Constant(0.5, "share of the old value in the memories", options.below_one)
+    memory_momentum = Constant(0.5, "momentum of the memory banks", options.below_one)
     feature_weight = Constant(0.8, "weight of the contrastive loss")
 
     def prepare(self, model, images, num_images=0):
@@ -42,14 +42,14 @@ class CRD(Imitation):
             self.state[f"{side}_scale"] = torch.zeros(())  # normalises the ratios; the first batch sets it
         self.state["labels"] = torch.full((num_images,), -1)  # of the images seen so far
 
-    @torch.compiler.disable  # the compiled backward pass would read the memories after they have changed
+    @torch.compiler.disable  # the compiled backward pass would read the memory banks after they change
     def imitation(self, student, teacher, batch):
         embeddings, index = (student.embedding.float(), teacher.embedding.float()), batch.index.to(batch.labels.device)
         with torch.autocast(index.device.type, enabled=False):  # the exponential needs float32
             return {"features": self.feature_weight * self.contrast(embeddings, index, batch.labels)}
 
     def contrast(self, embeddings, index, labels):
-        """Return the loss of two embeddings (B, D) of the images `index` (B,), and update the memories."""
+        """Return the loss of two embeddings (B, D) of the images `index` (B,), and update the banks."""
         pairs = zip(SIDES, embeddings, strict=True)
         found = {side: F.normalize(self.trained[side](embedding)) for side, embedding in pairs}
         count = len(self.state["labels"])

@@ -6,7 +6,7 @@ from methods.base import STANDARDIZE, Constant, Objective, Outputs, paired, rota
 
 
 class HSSAKD(Objective):
-    """The teacher's loss for both networks, and KL both ways on all views, each target detached."""
+    """`Teacher`'s loss for both networks, and KL both ways on all views, each target detached."""
 
     name = "hssakd"
     networks = "pair"

@@ -14,7 +14,7 @@ WEIGHTS |= {"imagenet": 1.0}
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion (section 3.2) of a stage's features with what the deeper stages left."""
+    """Attention-based fusion (section 3.3) of a stage's features with what the deeper stages left."""
 
     def __init__(self, inputs: int, middle: int, outputs: int, deepest: bool):
         """Take the channels of the stage, of what is passed on, and of the teacher's stage."""

@@ -67,8 +67,8 @@ class StageReader:
 def as_map(x: Tensor, layout: str) -> Tensor:
     """Return a tensor as a feature map (B, C, H, W).
 
-    `layout` is "first" (B, C, H, W), "last" (B, H, W, C), "tokens" (B, N, C), a square whose leading class tokens are
-    dropped, or "row", tokens as one column.
+    `layout` is "first" (B, C, H, W), "last" (B, H, W, C), "tokens" (B, N, C), a square after up to 8 dropped tokens,
+    or "row", a column, as are other tokens.
     """
     if layout == "first":
         return x

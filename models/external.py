@@ -221,7 +221,7 @@ def check_batches(network: AuxiliaryNet, example: Tensor) -> None:
     for mode in (True, False):
         try:
             with torch.no_grad(), META:
-                copied.train(mode).backbone.train(mode)  # whose weights, as none of the copy's, are not trained
+                copied.train(mode).backbone.train(mode)  # else in eval mode: no weight of the copy is trained
                 logits, aux_logits = copied(images)
         except Exception as error:  # whatever the network's own code raises
             raise TraceError(f"{type(network.backbone).__name__} cannot be cut: {first_line(error)}") from None

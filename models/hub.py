@@ -103,7 +103,7 @@ def hub_weights(name: str) -> dict[str, Tensor]:
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return the mean and std that the library's own weights expect of images in [0, 1]; None if it says nothing."""
+    """Return the mean and std that the library's own weights expect of images in [0, 1]; None for other networks."""
     found = _images_of(name)
     return found and (tuple(found.mean), tuple(found.std))
 

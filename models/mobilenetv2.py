@@ -81,7 +81,7 @@ class MobileNetV2(Backbone):
     def build_auxiliary(self, num_outputs: int) -> AuxiliaryClassifier:
         """Return four branches of the remaining stages, each with its own final convolution."""
         branches = [[make_stage(index) for index in range(tap + 1, len(STAGES))] for tap in TAPPED[:-1]]
-        # The last tap is already at the final width: its branch repeats the last two stages at stride 1.
+        # The last tap has the last stage's width: its branch repeats the last two stages at stride 1.
         branches.append([make_stage(5, in_width=STAGES[-1][1], stride=1), make_stage(6)])
         tails = [final_conv() for _ in branches]
         auxiliary = AuxiliaryClassifier(branches, FINAL_WIDTH, num_outputs, tails, "conv2_")

@@ -53,7 +53,7 @@ class ResNet(Backbone):
         init_weights(self, linear_bias=False)
 
     def make_stage(self, index: int, repeated: bool = False) -> nn.Sequential:
-        """Return a new stage `index`, whose first block projects; a repeated one takes its own output at stride 1."""
+        """Return a new stage `index`, projecting where needed; a repeated one takes its own output at stride 1."""
         block, planes, stride = self.block, self.planes[index], 1 if index == 0 or repeated else 2
         before = index if repeated else index - 1
         in_planes = self.planes[before] * block.expansion if before >= 0 else self.stem_width

@@ -90,7 +90,7 @@ class Stages:
         ]
 
     def _find_classifier(self, name: str | None) -> fx.Node:
-        """Return the node that the layers read that make the logits, the one of this name if it is given."""
+        """Return the input node of the layers that make the logits, or of the layer `name` if given."""
         found, seen, waiting = {}, set(), [self._trace.output]
         while waiting:
             node = waiting.pop()

@@ -83,11 +83,11 @@ class Tracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", "image", (), {})]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Keep torch's and torchvision's modules whole, and those that timm says cannot be traced."""
+        """Keep modules of torch.nn and torchvision.ops whole, and what timm says cannot be traced."""
         return isinstance(m, self.leaf_modules) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> ValueProxy:
-        """Return the stand-in for a node's value."""
+        """Return the proxy for a node's value."""
         return ValueProxy(node, self)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -129,7 +129,7 @@ class Tracer(fx.Tracer):
             result = super().call_module(m, forward, args, kwargs)
             if _host_generators() != generators:  # as in some stochastic depths: the graph would hold this one draw
                 raise TraceError("draws random numbers in Python")
-        except Exception as error:  # whatever the module's own code raises on meeting a stand-in
+        except Exception as error:  # whatever the module's own code raises on meeting a proxy
             _restore_host_generators(generators)  # else the modules around it would seem to draw
             self.module_stack = stack
             del self.outputs[found:]
@@ -142,7 +142,7 @@ class Tracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
-        """Return a stand-in for a parameter or buffer of the network, any other attribute itself."""
+        """Return a proxy for a parameter or buffer of the network, any other attribute itself."""
         name = None if self.evaluating else self.tensor_names.get(id(attr_val))
         return attr_val if name is None else self.create_proxy("get_attr", name, (), {})
 
@@ -158,7 +158,7 @@ class Tracer(fx.Tracer):
         return bool(self.number(obj))
 
     def iter(self, obj: fx.Proxy) -> Iterator:
-        """Return stand-ins for the items of a traced sequence or tensor."""
+        """Return proxies for the items of a traced sequence or tensor."""
         return iter([obj[index] for index in range(len(obj.node.meta["value"]))])
 
 

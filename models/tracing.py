@@ -20,7 +20,7 @@ class Trace:
         net.train(training)
         try:
             self.graph = tracer.record(net)
-        except Exception as error:  # whatever the network's own code raises on meeting a stand-in
+        except Exception as error:  # whatever the network's own code raises on meeting a proxy
             raise TraceError(f"{type(net).__name__} cannot be traced: {first_line(error)}") from None
         finally:
             for module, mode in modes.items():

@@ -47,7 +47,7 @@ class VGG(Backbone):
         return [tap0, tap1, tap2, tap4], global_pool(tap4)
 
     def make_branch(self, tap: int) -> list[nn.Module]:
-        """Return the pool after block `tap` and the blocks tap+1..4."""
+        """Return blocks tap+1..4 with ReLU, pools before all but 4."""
         # Branches have no pool between blocks 3 and 4 at any image size: the published module indices (`.7` then `.9`
         # in branch 1) leave room for the ReLU alone. At 64x64 they therefore end at twice the backbone's resolution.
         layers: list[nn.Module] = []

@@ -175,11 +175,11 @@ def require_aux(parser: Parser, args: argparse.Namespace, *names: str) -> None:
 
 
 def finish_teacher(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line of a script that trains a teacher, jointly or on a backbone that stays as it is."""
+    """Parse the command line of a script that trains a teacher, jointly or on a frozen backbone."""
     add_start(parser)
     add = parser.add_argument_group("teacher").add_argument
     add("--rotations", type=int, choices=[1, 4], default=4, help="rotations that each head predicts (DPCD: 1)")
-    add("--freezed", action="store_true", help="keep the backbone as it is (100 epochs, x0.1 at 30/60/90)")
+    add("--freezed", action="store_true", help="freeze the backbone (100 epochs, x0.1 at 30/60/90)")
     if given(argv, "--freezed", action="store_true"):
         parser.set_defaults(epochs=100, milestones=[30, 60, 90])
     args = finish(parser, argv)

@@ -2,7 +2,7 @@
 
     python -m tools.analyse --weights KD/resnet8.pth.tar HSAKD/resnet8_aux.pth.tar --teacher TEACHER --out page.html
 
-The page needs no network. A student's learning curves are those of the log.jsonl beside its weights, if there is one.
+The page works offline. A student's learning curves are those of the log.jsonl beside its weights, if there is one.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 A row is compared seed by seed with the one of fresh views: few_4 with few_fresh, all_4 with all_fresh.
 Times are medians of the epochs, with training and tests, times their number; --filling is the speed of filling in
 images/s, which every store prints. The time to reach the fresh views' accuracy ends with the first epoch whose test
-top-1 is that of their last one; it leaves out the filling.
+top-1 reaches that of their last; it excludes the filling.
 """
 
 import json

@@ -88,7 +88,7 @@ def head_section(study: Study) -> Section:
             axes.plot(*curve(student.log, f"test/aux{head}_joint"), "o", color=colour, markersize=4)
         axes.legend(fontsize=8)
         pictures += [(figure, f"Heads of {student.name}.")] if heads else []
-    text = "A head tells class and rotation apart, or the class alone if it has one rotation. "
+    text = "A head predicts class and rotation, or the class alone if it has one rotation. "
     text += "Lines: in training; dots: in the tests of all heads."
     return Section("Heads over the epochs", text, pictures=pictures)
 
@@ -128,7 +128,7 @@ def confusion_section(study: Study) -> Section:
 
 
 def calibration_section(study: Study) -> Section:
-    """Return accuracy against confidence; on the diagonal a network is as sure as it is right."""
+    """Return accuracy against confidence; on the diagonal a network is perfectly calibrated."""
     figure, axes = axes_of(4.2, 4.2, xlabel="confidence", ylabel="accuracy")
     for answers, colour in study.coloured:
         confidence, accuracy, share, error = reliability(answers, study.labels)
@@ -136,7 +136,7 @@ def calibration_section(study: Study) -> Section:
         axes.plot(confidence[share > 0], accuracy[share > 0], marker=".", color=colour, label=label)
     axes.plot([0, 1], [0, 1], color="#aaaaaa", linewidth=1)
     axes.legend(fontsize=8, title="expected calibration error", title_fontsize=8)
-    text = "Below the diagonal a network is surer than it is right. Fifteen bins of equal width."
+    text = "Below the diagonal a network is overconfident. Fifteen bins of equal width."
     return Section("Calibration", text, pictures=[(figure, "Reliability diagram.")])
 
 

@@ -3,7 +3,7 @@
     python -m tools.survey_timm
     python -m tools.survey_timm --costs torchvision/resnet18 timm/vit_tiny_patch16_224 ...
 
-No weights are stored: everything is built on the meta device. Prints a table in Markdown.
+Networks are built on the meta device if they can be. Prints a table in Markdown.
 """
 
 import argparse

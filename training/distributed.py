@@ -125,7 +125,7 @@ def check_same(settings: Mapping[str, Any], world: World) -> None:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Return `tensor` summed over all processes (the tensor itself if there is one process)."""
+    """Return `tensor` summed over all processes (the tensor itself without a process group)."""
     if dist.is_initialized():
         tensor = tensor.clone()
         dist.all_reduce(tensor)
@@ -149,7 +149,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every rank the first one's buffers (BatchNorm statistics), which are those that a checkpoint holds."""
+    """Broadcast rank 0's buffers (BatchNorm statistics), which are those that a checkpoint holds."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

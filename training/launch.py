@@ -28,7 +28,7 @@ def stop_signals() -> list[int]:
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop and has saved itself: the script ends with status 143, or 130 after Ctrl-C."""
+    """The run was asked to stop and saved what can be resumed: exit status 143, or 130 after Ctrl-C."""
 
 
 class StopSignal:

@@ -66,7 +66,7 @@ def rate_factor(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set the rate of every group of parameters to `factor` times the one that it was made with."""
+    """Set the learning rate of every parameter group to `factor` times its initial one."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
@@ -97,7 +97,7 @@ def load_state(optimizer: torch.optim.Optimizer, factory: Factory, saved: dict) 
 
 
 def blank_states(factory: Factory, parameters: list[Tensor]) -> list[dict]:
-    """Return the state that an optimizer has for each of the parameters after one step without gradient."""
+    """Return the optimizer's state of each parameter after one step with zero gradients."""
     copies = [nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters]
     optimizer = factory(copies)
     for parameter in copies:

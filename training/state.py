@@ -41,7 +41,7 @@ def default_settings(trainer: "Trainer") -> dict[str, Any]:
 
 
 def shaping(trainer: "Trainer") -> dict[str, Any]:
-    """Return what must be equal in all processes: their results would be silently wrong."""
+    """Return what must be equal in all processes: else their results are silently wrong."""
     settings = {name: value for name, value in trainer.settings.items() if name not in FREE_ARGUMENTS}
     data = {"epochs": trainer.epochs, "steps an epoch": len(trainer.train), "images": trainer.info.get("images")}
     data["classes"] = trainer.info.get("class_names")

@@ -80,7 +80,7 @@ class TeacherCache:
     def make_files(self) -> None:
         """Make the files, or lengthen them, with zeros; marks whose rows are lost do not count.
 
-        The zeros take their place on the disk: a process that writes to mapped memory without one is killed.
+        Disk space is reserved at once: writing to mapped memory without any would kill the process (SIGBUS).
         """
         if length_of(self.outputs) < length_of(self.marks) * self.row * self.dtype.itemsize:
             self.record.unlink(missing_ok=True)
@@ -167,7 +167,7 @@ def teacher_parts(trainer: "Trainer", images: Tensor) -> list[Tensor]:
 def fill(cache: TeacherCache, trainer: "Trainer") -> None:
     """Compute every row that is missing, each process its share of the batches, and note that the store is complete.
 
-    A row's mark is set once the row is on the disk, so a killed run leaves no half-written row behind.
+    A row is marked once it is on the disk, so a row half-written by a killed run is computed again.
     """
     world, began = trainer.world, time.monotonic()
     if world.is_main:

@@ -31,8 +31,8 @@ class Trainer:
 
     Images are (B, 3, H, W) float32, labels and indices (B,) int64. The batches of `imagesets` can be entered at any
     step, so a run on them resumes inside an epoch; on a plain DataLoader it resumes at its last finished epoch.
-    Settings of an optimizer or a schedule by name are refused beside a callable (ValueError); None stands for the
-    published value. UserError for a folder that holds another run.
+    Settings of an optimizer or a schedule by name are refused with a callable (ValueError); None: the value in
+    optim.DEFAULTS. UserError for a folder that holds another run.
     """
 
     model: nn.Module
@@ -117,7 +117,7 @@ class Trainer:
     def build(self) -> None:
         """Move the networks to the device, and build what trains them."""
         device, objective = self.world.device, self.objective
-        # A CPU's channels-last BatchNorm sums with a larger error: float32 asked for by name takes the other layout.
+        # On CPUs, channels-last BatchNorm sums with a larger error: `amp="off"` takes the contiguous format.
         exact = device.type == "cpu" and self.amp == "off"
         networks = [part for part in (self.model, objective.teacher) if isinstance(part, nn.Module)]
         layout = speed.common_layout(networks, self.test)
@@ -149,8 +149,8 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch; return the best epoch's record: `epoch`, `top1`, `value` of what chose it, `net`.
 
-        With `evaluate`, return the accuracies of the folder's best weights. SIGTERM, SIGUSR1, SIGHUP or Ctrl-C saves at
-        the next step and raises launch.Preempted.
+        With `evaluate`, return the best weights' accuracies. With a folder, SIGTERM, SIGUSR1, SIGHUP or Ctrl-C saves,
+        if resumable, and raises launch.Preempted.
         """
         with contextlib.ExitStack() as stack:
             if self.run:
