@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from options.data import add_augmentation, add_data, add_statistics, check_data, test_settings
+from options.data import REPEATS, add_augmentation, add_data, add_statistics, check_data, test_settings
 from options.networks import add_networks, create, named, own_reading, own_statistics
 from options.parser import (
     Parser,
@@ -141,6 +141,8 @@ def finish(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     check_data(parser, args)
     if "optimizer" not in args:
         return args
+    if getattr(args, "views", None) == "auto":
+        args.views = -(-args.epochs // REPEATS)
     if args.optimizer == "sgd":
         defaults = {"init_lr": default_learning_rate(args.arch), **parser.recipe}
     else:

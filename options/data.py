@@ -10,6 +10,7 @@ from options.parser import DATASETS, Channels, Parser, average, dataset, line_li
 FOLDERS = ("tinyimagenet", "imagefolder", "imagenet")
 FOLDER_FLAGS = ("image_size", "resize", "in_memory", "from_files", "test_split")
 AUGMENTATIONS = ("crop", "rrc", "randaugment", "strong", "none")
+REPEATS = 4  # epochs for each view of --views auto: so many cost no accuracy in docs/speed.md
 
 
 def add_data(parser: Parser, dataset_name: str) -> None:
@@ -50,7 +51,8 @@ def add_augmentation(parser: Parser) -> None:
     kinds = "crop: padded; rrc: random resized crop; randaugment: crop and more; strong: that and Cutout"
     add("--augment", choices=AUGMENTATIONS, help=kinds)
     add("--no-flip", action="store_true", help="mirror no images, such as text or arrows")
-    add("--views", type=positive, metavar="V", help="number of fixed views of each image; an epoch uses one of them")
+    views = f"number of fixed views of each image, of which an epoch uses one; auto: one for {REPEATS} epochs"
+    add("--views", type=lambda text: text if text == "auto" else positive(text), metavar="V", help=views)
     add("--views-seed", type=natural, default=0, help="seed of the fixed views (default: 0)")
 
 

@@ -147,3 +147,9 @@ def test_images_are_normalised_as_published():
         "stl10": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     }
     assert folders.STATISTICS == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_automatic_views_follow_the_epochs():
+    words = ("train_student_cifar", "--tcheckpoint", "t.pth", "--views")
+    assert [parsed(*words, "auto", "--epochs", epochs).views for epochs in (1, 4, 240)] == [1, 1, 60]
+    assert parsed(*words, "3").views == 3
