@@ -6,18 +6,18 @@
 #   scripts/table.sh row NAME SEED [flags]    one run
 # Rows that ask how often a view may be repeated: few_V (100 images a class, 60 epochs) and all_V (12 epochs), HSAKD with
 # V fixed views of an image or with V = fresh:
-#   ROWS="few_fresh few_1 few_4 few_16 all_fresh all_4" SEEDS="0 1" RESULTS=results/repeats.jsonl STORE=store \
-#       scripts/table.sh
+#   ROWS="few_fresh few_1 few_4 few_16 all_fresh all_4" SEEDS="0 1" RESULTS=results/repeats.jsonl scripts/table.sh
 # Settings beside those of common.sh:
 #   ROWS, SEEDS, JOBS    what is run, and how many runs at once (2)
 #   RESULTS              results/table.jsonl; `python report.py results/table.jsonl` prints the table
 #   TEACHER              weights of the teacher, resnet20_aux
-#   VIEWS, STORE         fixed views of an image and the folder of the teacher's stored outputs, for the methods that read
-#                        logits or heads
+#   VIEWS, STORE         fixed views of an image (auto; fresh: none) and the folder of the teacher's stored outputs, for
+#                        the methods that read logits or heads
 source "$(dirname "$0")/common.sh"
 export OMP_NUM_THREADS=1
 ROWS=${ROWS:-alone kd dkd dist wttm crd reviewkd dpcd hssakd hsakd} SEEDS=${SEEDS:-0 1 2} JOBS=${JOBS:-2}
 RESULTS=${RESULTS:-results/table.jsonl} TEACHER=${TEACHER:-results/teacher_resnet20_cifar100.pth}
+VIEWS=${VIEWS:-auto} STORE=${STORE:-$CHECKPOINTS/teacher_outputs}
 networks=(--tarch resnet20_aux --arch resnet8_aux --tcheckpoint "$TEACHER")
 stored=()
 
@@ -34,7 +34,7 @@ row() {
         few_*) length=(--epochs 60 --milestones 38 45 53) VIEWS=${1#few_} ;;
         all_*) length=(--epochs 12 --milestones 8 9 11) VIEWS=${1#all_} ;;
     esac
-    if [ "${VIEWS:-fresh}" != fresh ]; then stored=(--views "$VIEWS" ${STORE:+--teacher-cache "$STORE"}); fi
+    if [ "$VIEWS" != fresh ]; then stored=(--views "$VIEWS" --teacher-cache "$STORE"); fi
     flags=(--dataset cifar100 "${length[@]}" --init-lr 0.05 --batch-size 64 --tag "$1" --resume "${@:3}")
     SEED=$2 CHECKPOINTS=$CHECKPOINTS/table
     case $1 in

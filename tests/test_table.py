@@ -42,7 +42,7 @@ def test_every_row_is_a_command_of_equal_steps(tmp_path):
     for args in found.values():
         assert (args.epochs, args.milestones, args.init_lr, args.batch_size) == (15, [9, 11, 13], 0.05, 64)
         assert getattr(args, "loss_warmup", 1) == 1 and args.dataset == "cifar100"
-    assert found["crd", 0].negatives == 4096
+    assert found["crd", 0].negatives == 4096 and found["hsakd", 0].views == 4
     assert found["hsakd_standardized", 0].standardize and not found["hsakd", 0].standardize
     assert found["hsakd_strong", 0].augment == "strong" and found["hsakd", 0].augment is None
 
