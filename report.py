@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import options
 from tools.published import Label, label_of, lookup
-from training.run_folder import FREE_ARGUMENTS, read_json, read_log
-from utils import UserError, warn
+from training.run_folder import FREE_ARGUMENTS, read_log
+from utils import UserError, read_json, warn
 
 COLUMNS = [
     *("script", "network", "method", "data set", "settings", "epochs", "seeds"),

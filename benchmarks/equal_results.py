@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import options
 import train_student_cifar
+from imagesets.augment import CropFlip
 from report import mean_std
 from training import Trainer, launch, metrics
 from training.optim import rate_factor, set_rate
@@ -32,6 +33,7 @@ def parse_args(argv=None):
 def reference(args, networks, settings):
     """Train as the published scripts do; return the last epoch's top-1 on the test images."""
     train, device = settings["train"], settings["world"].device
+    assert train.augmentation == CropFlip(train.size, 4, train.image_set.flip), "not the published augmentation"
     images, count = train.image_set, min(len(train) * train.batch_size, train.num_images)
     sampler = RandomSampler(images.labels, num_samples=count)
     loader = DataLoader(PublishedImages(images), train.batch_size, sampler=sampler)

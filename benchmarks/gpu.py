@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from step import HEAD, PAIRS, PATHS, lines, measure_all, parser_of, rows
 
-from training.run_folder import read_json
+from utils import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,7 +39,6 @@ def report(runs):
 
 
 def main():
-    """Measure, and write the files after each part."""
     parser = parser_of(__doc__, PAIRS, PATHS)
     parser.add_argument("--quick", action="store_true", help="two pairs and three rounds")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu", help="files without ending")

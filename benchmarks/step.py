@@ -134,7 +134,6 @@ def measure_all(args, save):
 
 
 def main():
-    """Time, print the table, write the file."""
     parser = parser_of(__doc__, PAIRS[:1], PATHS[:4])
     add = parser.add_argument
     add("--all", dest="pairs", action="store_const", const=PAIRS, help="the published pairs and ResNet-20 -> ResNet-8")

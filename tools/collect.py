@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import options
-from training.run_folder import FREE_ARGUMENTS, read_json, read_log
-from utils import versions
+from training.run_folder import FREE_ARGUMENTS, read_log
+from utils import read_json, versions
 
 KEPT = {"epochs", "tcheckpoint", "pretrained_backbone", "overrides", "image_set"}  # of FREE_ARGUMENTS, for report.py
 

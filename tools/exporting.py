@@ -61,7 +61,6 @@ def write(network: nn.Module, kind: str, path: str, size: int, metadata: dict[st
     """
     example, shapes = (torch.zeros(2, 3, size, size),), ({0: torch.export.Dim("batch")},)
     names = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": shapes}
-    tensors = {name: value.clone().contiguous() for name, value in network.state_dict().items()}  # of their own memory
     try:
         with quiet():
             if kind == "onnx":
@@ -71,11 +70,13 @@ def write(network: nn.Module, kind: str, path: str, size: int, metadata: dict[st
                 program = torch.export.export(network, example, dynamic_shapes=shapes)
                 with replacing(path) as file:
                     torch.export.save(program, file, extra_files={f"{METADATA}.json": json.dumps(metadata)})
-            elif kind == "safetensors":
-                with replacing(path) as file:
-                    file.write(safetensors.torch.save(tensors, {METADATA: json.dumps(metadata)}))
-            else:
-                save_checkpoint(tensors, path)
+            else:  # each tensor with memory of its own
+                tensors = {name: value.clone().contiguous() for name, value in network.state_dict().items()}
+                if kind == "safetensors":
+                    with replacing(path) as file:
+                        file.write(safetensors.torch.save(tensors, {METADATA: json.dumps(metadata)}))
+                else:
+                    save_checkpoint(tensors, path)
     except RuntimeError as error:
         raise UserError(f"--format {kind}: the network cannot be exported ({first_line(error)})") from None
     describe(path, metadata)

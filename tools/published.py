@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import models
 from models import state_dicts
-from training.run_folder import read_json
-from utils import UserError, read_file
+from utils import UserError, read_file, read_json
 
 TABLE = Path(__file__).resolve().parent.parent / "results" / "published_results.json"
 

@@ -22,8 +22,8 @@ from methods import Objective, Outputs
 from training import distributed, start
 from training.precision import autocast, type_name
 from training.progress import Progress
-from training.run_folder import acquired, json_form, read_json
-from utils import UserError, World, print_main, replacing
+from training.run_folder import acquired, json_form
+from utils import UserError, World, print_main, read_json, replacing
 
 if TYPE_CHECKING:
     from training.trainer import Trainer
