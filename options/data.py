@@ -10,7 +10,7 @@ from options.parser import DATASETS, Channels, Parser, average, dataset, line_li
 FOLDERS = ("tinyimagenet", "imagefolder", "imagenet")
 FOLDER_FLAGS = ("image_size", "resize", "in_memory", "from_files", "test_split")
 AUGMENTATIONS = ("crop", "rrc", "randaugment", "strong", "none")
-REPEATS = 4  # epochs for each view of --views auto: more cost accuracy (docs/speed.md, "How many repeats of a view?")
+REPEATS = 4  # epochs for each view of --views auto, as docs/speed.md recommends
 
 
 def add_data(parser: Parser, dataset_name: str) -> None:
