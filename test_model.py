@@ -12,7 +12,7 @@ import imagesets
 import options
 import utils
 from models.cost import cost
-from training import launch, speed
+from training import launch, speed, start
 from training.metrics import by_class, confusion, evaluate, table_of
 from training.precision import resolve_precision, type_name
 
@@ -45,7 +45,7 @@ def main(args, world):
         raise utils.UserError(f"{args.student_weights}: {classes}")
     if args.class_names and args.class_names != images.classes:
         raise utils.UserError("--class-names: these are not the classes of the images")
-    imagesets.warn_of_other_data(checkpoint.info, images, args.student_weights)
+    start.warn_of_other_images(network, checkpoint, images)
     precision = resolve_precision(args.amp, world.device)
     tested = evaluate(network, images, world.device, precision, heads=True)  # first: it also warms the device up
     began = time.perf_counter()

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from imagesets import cifar_stl, folders, from_files, in_memory
 from imagesets.augment import Augmentation
 from imagesets.images import ImageSet, Settings
-from utils import UserError, print_main, warn
+from utils import UserError, print_main
 
 STATISTICS = {  # (mean, std) on the scale 0 to 1
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -130,14 +130,6 @@ def measured_statistics(images: ImageSet, settings: Settings) -> tuple:
     mean, square = means.double().mean(0)
     std = (square - mean**2).sqrt().clamp(min=1 / 255)
     return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def warn_of_other_data(info: dict[str, Any], images: Any, path: str) -> None:
-    """Warn if weights at `path`, trained on data of `info`, are used on batches of other classes or another size."""
-    if sorted(info.get("class_names") or images.classes) != sorted(images.classes):
-        warn(f"warning: {path}: trained on the classes of other data ({info.get('dataset')}): its outputs mean those")
-    if info.get("size") not in (None, images.size):
-        warn(f"warning: {path}: trained on images of {info['size']} pixels a side, not {images.size}")
 
 
 def find(name: str, root: str, settings: Settings, test_alone: bool = False) -> tuple[ImageSet | None, ImageSet]:

@@ -97,7 +97,8 @@ def create(
     elif hub.is_external(name):
         network = _create_external(name, num_classes, rotations, **options)
     elif is_aux(name):
-        network = AuxiliaryNet(create(backbone_name(name), num_classes), num_classes, rotations)
+        backbone = create(backbone_name(name), num_classes)
+        network = AuxiliaryNet(backbone, backbone.build_auxiliary(num_classes * rotations), num_classes, rotations)
     else:
         network = _BACKBONES[backbone_name(name)](num_classes=num_classes)
     network.arch = name

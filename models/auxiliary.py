@@ -97,21 +97,12 @@ def read_taps(net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
 class AuxiliaryNet(nn.Module):
     """A backbone with auxiliary classifiers: x -> (logits (B, N), [aux logits (B, N * rotations), ...])."""
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        rotations: int = 4,
-        auxiliary_classifier: AuxiliaryClassifier | None = None,
-    ):
-        """Take a backbone, which builds its own auxiliary classifier unless one is given."""
+    def __init__(self, backbone: nn.Module, auxiliary: AuxiliaryClassifier, num_classes: int, rotations: int):
         super().__init__()
         self.num_classes = num_classes
         self.rotations = rotations
         self.backbone = backbone
-        if auxiliary_classifier is None:
-            auxiliary_classifier = backbone.build_auxiliary(num_classes * rotations)
-        self.auxiliary_classifier = auxiliary_classifier
+        self.auxiliary_classifier = auxiliary
 
     @property
     def frozen(self) -> bool:

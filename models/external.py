@@ -125,7 +125,7 @@ def attach_auxiliary(
         parts, width = light_branches(stages), stages.maps[-1].width
     net.stage_reader = reader_of(stages)
     auxiliary = AuxiliaryClassifier(parts, width, num_classes * rotations)
-    network = AuxiliaryNet(net, num_classes, rotations, auxiliary.to(next(net.parameters()).device))
+    network = AuxiliaryNet(net, auxiliary.to(next(net.parameters()).device), num_classes, rotations)
     check_batches(network, stages.example)
     return network
 

@@ -191,8 +191,8 @@ def finish_teacher(parser: Parser, argv: list[str] | None = None) -> argparse.Na
     return args
 
 
-def run_name(args: argparse.Namespace) -> str:
-    """Return a run folder's name, as the published commands spell it (`_imagenet` is said by the data set's name)."""
+def run_folder(args: argparse.Namespace) -> str:
+    """Return a run folder's path, as the published commands spell it (`_imagenet` is said by the data set's name)."""
     parts = [args.script]
     for key in ("tarch", "arch"):
         if getattr(args, key, None):
@@ -200,12 +200,8 @@ def run_name(args: argparse.Namespace) -> str:
     parts += ["dataset", args.dataset]
     if getattr(args, "few_ratio", None):
         parts += ["few_ratio", f"{args.few_ratio:g}"]
-    return "_".join(parts) + f"_seed{args.manual_seed}" + (f"_{args.tag}" if args.tag else "")
-
-
-def run_folder(args: argparse.Namespace) -> str:
-    """Return the path of the run folder."""
-    return os.path.join(args.checkpoint_dir, run_name(args))
+    name = "_".join(parts) + f"_seed{args.manual_seed}" + (f"_{args.tag}" if args.tag else "")
+    return os.path.join(args.checkpoint_dir, name)
 
 
 def data_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -54,14 +54,10 @@ def create(
         advice = "; --method kd and dkd need no branches" if isinstance(error, TraceError) else ""
         raise UserError(f"{name}, images of {size} pixels: {first_line(error)}{advice}") from None
     if models.is_external(name) and models.is_aux(name) and checkpoint is None:  # it is to be trained
-        print_costs(name, branch_costs(name, num_classes, size, rotations=rotations, **shaping))
+        costs = branch_costs(name, num_classes, size, rotations=rotations, **shaping).items()
+        each = (f"{kind} {c['parameters'] / 1e6:.2f} M and {c['multiply_adds'] / 1e6:.0f} M" for kind, c in costs)
+        print_main(f"{name}: parameters and multiply-adds, without branches and with each kind: {'; '.join(each)}")
     return network
-
-
-def print_costs(name: str, costs: dict[str, dict[str, int]]) -> None:
-    """Print what a network costs without branches, with copied and with light ones."""
-    each = (f"{kind} {c['parameters'] / 1e6:.2f} M and {c['multiply_adds'] / 1e6:.0f} M" for kind, c in costs.items())
-    print_main(f"{name}: parameters and multiply-adds, without branches and with each kind: {'; '.join(each)}")
 
 
 def own_reading(name: str, info: dict[str, Any]) -> dict[str, Any]:

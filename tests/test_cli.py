@@ -14,10 +14,9 @@ import torch
 import methods
 import models
 import options
-from scripts import QUICK, QUICK_RUN, TRAINING, own_signal_handlers, parsed, refused, run, save_teacher, status
+from scripts import QUICK, QUICK_RUN, ROOT, TRAINING, own_signal_handlers, parsed, refused, run, save_teacher, status
 from training import launch
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = (*TRAINING, "eval_rep", "test_model")
 
 
@@ -149,7 +148,7 @@ def test_spellings_of_flags_and_folder_names(script):
     args = parsed(script, *needed, *published)
     other = ["--gpu_id", "0", "--manual-seed=3", "--batch_size=8", "--dataset", "cifar_100", "--checkpoint_dir", "c"]
     assert parsed(script, *needed, *other) == args
-    assert options.run_name(parsed(script, *needed, *published, "--tag", "x")) == f"{options.run_name(args)}_x"
+    assert options.run_folder(parsed(script, *needed, *published, "--tag", "x")) == f"{options.run_folder(args)}_x"
 
 
 FOLDERS = """
@@ -161,7 +160,7 @@ train_student_imagenet_tarch_resnet34_aux_arch_resnet18_aux_dataset_imagenet_see
 
 @pytest.mark.parametrize("name", FOLDERS.split())
 def test_folder_names_are_the_published_ones(name):
-    assert options.run_name(parsed(name.partition("_tarch")[0], "--tcheckpoint", "t.pth")) == name
+    assert Path(options.run_folder(parsed(name.partition("_tarch")[0], "--tcheckpoint", "t.pth"))).name == name
 
 
 @pytest.mark.parametrize("words", ["--lr --init-lr", "--seed --manual_seed", "--workers=4 --num-workers"])

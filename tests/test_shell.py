@@ -53,7 +53,7 @@ def written(commands):
     """Return {path of weights: arguments of the training line that writes them}."""
     files = {}
     for args in (args for lines in commands.values() for args in lines if hasattr(args, "checkpoint_dir")):
-        folder = Path(args.checkpoint_dir) / options.run_name(args)
+        folder = Path(options.run_folder(args))
         for name in (f"{args.arch}.pth.tar", f"{args.arch}_best.pth.tar"):
             assert files.setdefault(folder / name, args) is args, f"two lines write {folder / name}"
     return files

@@ -13,9 +13,9 @@ import options
 from methods import Objective
 from methods.base import split_outputs
 from models.adapted import Adapted, Statistics
-from training import state
 from training.metrics import Totals, class_logits, evaluate, hits, networks
-from training.precision import autocast, type_name
+from training.precision import autocast, resolve_precision, type_name
+from training.run_folder import json_form
 from utils import Checkpoint, UserError, load_weights, print_main, warn
 
 if TYPE_CHECKING:
@@ -61,12 +61,15 @@ def suited(
 
 def warn_of_other_images(network: nn.Module, checkpoint: Checkpoint, batches: Any, renewed: bool = False) -> None:
     """Warn if weights were trained on images of another size, or, unless the classifier is `renewed`, other classes."""
-    info = {name: value for name, value in checkpoint.info.items() if name != "class_names" or not renewed}
-    imagesets.warn_of_other_data(info, batches, checkpoint.path)
-    usual = options.own_reading(network.arch, info).get("size")
+    info, path = checkpoint.info, checkpoint.path
+    names, usual = info.get("class_names"), options.own_reading(network.arch, info).get("size")
+    if names and not renewed and sorted(names) != sorted(batches.classes):
+        warn(f"warning: {path}: trained on the classes of other data ({info.get('dataset')}): its outputs mean those")
+    if info.get("size") not in (None, batches.size):
+        warn(f"warning: {path}: trained on images of {info['size']} pixels a side, not {batches.size}")
     if "size" not in info and usual not in (None, batches.size):
         made = f"{network.arch} was made for images of {usual} pixels a side"
-        warn(f"warning: {checkpoint.path}: does not record its size: {made}, these have {batches.size}")
+        warn(f"warning: {path}: does not record its size: {made}, these have {batches.size}")
 
 
 def shown(statistics: Statistics) -> str:
@@ -107,14 +110,10 @@ def load_backbone(
     elif order:
         print_main(f"{checkpoint.path}: the classes are matched by name: the weights have them in another order")
     warn_of_other_images(backbone, checkpoint, data.test, renewed)
-    own = statistics_of({**data.info, **known})
-    if own != statistics_of(data.info):
+    own = tuple(tuple({**data.info, **known}[name]) for name in ("mean", "std"))
+    if own != data.statistics:
         warn(f"warning: {checkpoint.path}: trained on images with another normalisation, {shown(own)}")
     return {str(path): checkpoint.digest}
-
-
-def statistics_of(info: dict[str, Any]) -> Statistics:
-    return tuple(info["mean"]), tuple(info["std"])
 
 
 def opening(trainer: "Trainer", test: bool) -> dict[str, Any]:
@@ -175,8 +174,11 @@ def test_best(trainer: "Trainer") -> dict[str, float]:
     if not path.exists():
         raise UserError(f"--evaluate: nothing has been trained in {run.path} yet")
     checkpoint = load_weights(trainer.model, path)
-    state.check_images(trainer, checkpoint)
-    precision = trainer.precision_of(checkpoint)
+    now, then = (json_form(imagesets.recorded(info)) for info in (trainer.info, checkpoint.info))
+    other = [f"{name} {then[name]} -> {value}" for name, value in now.items() if value != then.get(name, value)]
+    if other:
+        raise UserError(f"{path}: trained on images that are read otherwise ({', '.join(other)})")
+    precision = resolve_precision(trainer.amp, trainer.world.device, checkpoint.content.get("precision"))
     net = checkpoint.best_net if trainer.val is not None else None
     means = evaluate(trainer.model, trainer.test, trainer.world.device, precision, heads=True, net=net)
     listed = ", ".join(f"{name} {value:.2f}" for name, value in means.items())

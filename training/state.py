@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import imagesets
 import utils
 from models import state_dicts
 from training import distributed, launch
@@ -110,14 +109,6 @@ def load(trainer: "Trainer", state: dict[str, Any]) -> None:
     trainer.totals.load_state_dict(state["totals"], trainer.world.is_main)
     trainer.best, trainer.last_top1 = {name: state["best"][name] for name in trainer.best}, state["acc"]
     torch.set_rng_state(state["rng"]["torch"])
-
-
-def check_images(trainer: "Trainer", saved: Checkpoint) -> None:
-    """Raise UserError unless a run's test images are read as when its weights were trained."""
-    now, then = (json_form(imagesets.recorded(info)) for info in (trainer.info, saved.info))
-    other = [f"{name} {then[name]} -> {value}" for name, value in now.items() if name in then and value != then[name]]
-    if other:
-        raise UserError(f"{saved.path}: trained on images that are read otherwise ({', '.join(other)})")
 
 
 def resume(trainer: "Trainer", saved: Checkpoint) -> None:

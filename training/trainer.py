@@ -98,7 +98,8 @@ class Trainer:
     def begin(self) -> None:
         """Claim the run folder, build what trains the networks, and resume or test what the run starts from."""
         saved = state.claim(self) if self.run and not self.evaluate else None
-        self.precision = self.precision_of(saved)
+        recorded = saved and saved.content.get("precision")  # of the run that is resumed
+        self.precision = resolve_precision(self.amp, self.world.device, recorded)
         self.build()
         if saved:
             state.resume(self, saved)
@@ -109,10 +110,6 @@ class Trainer:
             self.run.write_settings(self.epoch, opening)
         if self.cache:
             teacher_cache.prepare(self.cache, self)
-
-    def precision_of(self, saved: utils.Checkpoint | None) -> torch.dtype:
-        """Return the type to compute in: that of the run that is resumed or tested, unless one is asked for."""
-        return resolve_precision(self.amp, self.world.device, saved and saved.content.get("precision"))
 
     def build(self) -> None:
         """Move the networks to the device, and build what trains them."""
