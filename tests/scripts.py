@@ -18,6 +18,7 @@ from training import launch
 from training.step import TrainingStep
 from utils import World
 
+ROOT = Path(__file__).resolve().parents[1]
 WORLD = World(0, 1, torch.device("cpu"))
 # Two steps of four images, in float32.
 QUICK = ("--dataset", "digits", "--batch-size", "4", "--limit-batches", "2", "--amp", "off")
@@ -112,7 +113,7 @@ class Payload(str):
 
 def readme_code(word):
     """Return the Python block of README.md that holds `word`."""
-    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     (code,) = (block for block in re.findall("```python\n(.*?)```", text, re.DOTALL) if word in block)
     return code
 

@@ -3,16 +3,14 @@
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import gpu
 import pytest
 import step
 from test_own_images import write_images
 
-from scripts import QUICK, own_signal_handlers, save_teacher
+from scripts import QUICK, ROOT, own_signal_handlers, save_teacher
 
-ROOT = Path(__file__).parents[1]
 TINY = ("--pairs", "resnet8:resnet8", "--rounds", "1", "--amp", "off", "--batch-size", "2", "--steps", "1")
 STUDENT = ("--arch", "resnet8_aux", "--tarch", "resnet8_aux", "--tcheckpoint", "{0}/t.pth", *QUICK, "--epochs", 2)
 # Script -> its words, and what it prints.

@@ -22,11 +22,10 @@ import imagesets
 import methods
 import models
 import utils
-from scripts import QUICK_RUN, WORLD, assert_same_run, checkpoint, log_lines, parsed, run, save_teacher, status
+from scripts import QUICK_RUN, ROOT, WORLD, assert_same_run, checkpoint, log_lines, parsed, run, save_teacher, status
 from training import Trainer, distributed, launch
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "train_baseline_cifar_arch_resnet8_dataset_digits_seed0"
 
 
@@ -124,6 +123,11 @@ def rank_results(world, folder):
     norm.running_mean += world.rank
     distributed.share_buffers(norm)
     assert norm.running_mean.tolist() == [0, 0]
+    with pytest.MonkeyPatch.context() as patch:  # as in a group that the user has made
+        patch.delenv("RANK")
+        assert distributed.setup() == world
+    flags = ("--tarch", "resnet8_aux", "--tcheckpoint", f"{folder}/teacher.pth", "--arch", "mobilenetV2_aux")
+    run("train_student_cifar", *QUICK_RUN, *flags, "--checkpoint-dir", folder, world=world)  # one head learns nothing
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # captures graphs, generates no code
     weights = [trained(world, **settings) for settings in SETTINGS]
     dpcd = dpcd_weights(slice(4 * world.rank, 4 * world.rank + 4))
@@ -133,6 +137,7 @@ def rank_results(world, folder):
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """DPCD's confidence, too, runs over whole batches, before and after its history is full."""
+    save_teacher(tmp_path / "teacher.pth")
     spawn(rank_results, str(tmp_path))
     (found, dpcd), (other, other_dpcd) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close([dpcd, other_dpcd], [dpcd_weights(slice(None))] * 2)
@@ -140,31 +145,6 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     for weights, others in zip(found, other, strict=True):
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
         assert all(torch.equal(weights[name], others[name]) for name in weights)
-
-
-def rank_with_more_heads(world, folder):
-    """Distil a teacher of three heads into a student of four, whose first one learns from nothing."""
-    flags = ("--tarch", "resnet8_aux", "--tcheckpoint", f"{folder}/teacher.pth", "--arch", "mobilenetV2_aux")
-    run("train_student_cifar", *QUICK_RUN, *flags, "--checkpoint-dir", folder, world=world)
-
-
-@pytest.mark.slow
-def test_a_student_of_more_heads_than_its_teacher(tmp_path):
-    save_teacher(tmp_path / "teacher.pth")
-    spawn(rank_with_more_heads, str(tmp_path))
-
-
-def rank_of_an_own_group(rank, folder):
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    world = distributed.setup()
-    assert (world.rank, world.size) == (rank, 2)
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_a_group_of_the_users_own_is_joined(tmp_path):
-    mp.spawn(rank_of_an_own_group, (str(tmp_path),), nprocs=2)
 
 
 STUDENT = ("train_student_cifar", "--tarch", "resnet8_aux", "--arch", "resnet8_aux", "--tcheckpoint", "{0}/teacher.pth")

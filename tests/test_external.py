@@ -5,7 +5,6 @@ import json
 import random
 import sys
 import urllib.error
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +14,9 @@ from torch import nn
 import models
 import utils
 from models.auxiliary import read_taps
-from models.cost import branch_costs
-from scripts import QUICK_RUN, checkpoint, readme_code, refused, run, save_teacher, status
+from models.cost import branch_costs, cost
+from scripts import QUICK_RUN, ROOT, checkpoint, readme_code, refused, run, save_teacher, status
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = torch.zeros(1, 3, 32, 32)
 
 # The smallest of each of torchvision's families, and some of timm's.
@@ -165,11 +163,6 @@ class Features(Lazy):
         return super().forward(images), {"features": images}
 
 
-class Named(Lazy):
-    def forward(self, images):
-        return {"logits": super().forward(images)}
-
-
 def frozen(num_classes):
     net = Lazy(num_classes)
     net(torch.zeros(1, 3, 32, 32))
@@ -189,11 +182,13 @@ def unnamed():
 def test_files_of_several_habits(tmp_path, capsys):
     """Lazy layers, frozen stages; outputs of another form and other arguments end in one line."""
     (tmp_path / "nets.py").write_text(FILES)
+    for name, words in ((f"{tmp_path}/nets.py:other", "no function other, but "), ("missing.py:build", "no such file")):
+        with pytest.raises(ValueError, match=words):
+            models.create(name, 10)
     for name in ("Lazy", "frozen"):
         network = models.create(f"{tmp_path}/nets.py:{name}_aux", 10, size=32)
         assert all(weight.requires_grad for weight in network.auxiliary_classifier.parameters())
-    said = {"Features": "returns a tuple, not logits", "Named": "returns a dict, not logits"}
-    said |= {"fixed": "7 logits for 10 classes", "unnamed": "num_classes"}
+    said = {"Features": "a tuple, not logits", "fixed": "7 logits for 10 classes", "unnamed": "num_classes"}
     torch.save(models.create(f"{tmp_path}/nets.py:frozen", 10).state_dict(), tmp_path / "w.pth")
     pair = ("--arch", f"{tmp_path}/nets.py:frozen", "--arch2", "resnet8", "--checkpoint-dir", tmp_path)
     assert status("train_online_kd_cifar", *QUICK_RUN, *pair) == 0
@@ -235,25 +230,13 @@ def test_create_from_torchvision_and_a_pair_of_two():
     assert [len(found) for found in aux_logits] == [3, 4]
 
 
-def test_create_from_a_file(tmp_path):
-    path = tmp_path / "own.py"
-    path.write_text(
-        "import torchvision\ndef build(num_classes):\n    return torchvision.models.resnet18(num_classes=num_classes)\n"
-    )
-    assert models.is_file(f"{path}:build_aux")
-    network = models.create(f"{path}:build_aux", 5)
-    assert list(network.backbone.stage_reader.taps) == ["layer1", "layer2", "layer3", "layer4"]
-    with pytest.raises(ValueError, match="no function other, but build"):
-        models.create(f"{path}:other", 5)
-    with pytest.raises(ValueError, match="no such file"):
-        models.create("missing.py:build", 5)
-
-
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
         ("torchvision/resnet19_aux", "torchvision/resnet18"),
         ("mobilenet_v2", "nearest: torchvision/mobilenet_v2"),
+        ("wrn_16_3_aux", "nearest: .*wrn_16_2_aux"),
+        ("shufflev2", "nearest: .*ShuffleV2"),
         ("timm/resnet18.a1_in2k_aux", "timm/resnet18.a1_in1k"),
     ],
 )
@@ -319,7 +302,7 @@ def test_networks_of_files_may_name_their_parts_as_they_like(tmp_path, monkeypat
     capsys.readouterr()
     run("test_model", "--dataset", "digits", "--arch", "own.py:Net", "--student-weights", "first.pth", "--json")
     found = json.loads(capsys.readouterr().out)
-    assert found["backbone"] == found["with_heads"]
+    assert found["backbone"] == found["with_heads"] == {"parameters": 330, "multiply_adds": 225 * 27 * 8 + 80}
 
 
 def test_a_network_that_cannot_be_traced_serves_methods_without_stages(tmp_path, monkeypatch, capsys):
@@ -331,6 +314,7 @@ def test_a_network_that_cannot_be_traced_serves_methods_without_stages(tmp_path,
     assert status("train_student_cifar", *words, "--method", "kd") == 0
     words += ("--method", "fitnet", "--tag", "fitnet")
     assert "Untraceable" in refused(capsys, *words, script="train_student_cifar")
+    assert cost(Untraceable(), 32) == cost(Tiny(), 32)  # counted by running it
 
 
 READS_VALUES = """

@@ -9,7 +9,6 @@ from torch import nn
 
 import models
 from methods import Outputs
-from models.cost import cost
 from training import metrics, precision
 
 CPU = torch.device("cpu")
@@ -107,30 +106,6 @@ def test_evaluation_of_a_pair_takes_the_better_network():
         assert (found["net"], found["top1"], found["top5"]) == pytest.approx((net, top1, top5))
         assert (other["net"], other["top1"]) == pytest.approx((3 - net, 100 / 3))
         assert found[f"net{3 - net}/top1"] == other["top1"] and other[f"net{net}/top1"] == found["top1"]
-
-
-class Own(nn.Module):
-    """A plain network that calls its parts as this project calls those of others, and looks at values if asked to."""
-
-    def __init__(self, looks):
-        super().__init__()
-        self.looks = looks
-        self.backbone, self.net1, self.net2 = nn.Conv2d(3, 4, 3, 2), nn.Flatten(), nn.Identity()
-        self.module = nn.Linear(4, 7)
-
-    def forward(self, images):
-        features = self.net1(self.backbone(images).mean((2, 3), keepdim=True))
-        return self.module(-features if self.looks and features.sum() < 0 else features)
-
-
-@pytest.mark.parametrize("looks", [False, True])
-def test_networks_of_users_are_whole(looks):
-    torch.manual_seed(0)
-    network, images = Own(looks), torch.randn(5, 3, 9, 9)
-    labels = network(images).argmax(1)
-    assert metrics.evaluate(network, [(images, labels)], CPU, heads=True)["top1"] == 100
-    parts = cost(network, 9)
-    assert parts["backbone"] == parts["with_heads"] == {"parameters": 147, "multiply_adds": 16 * 27 * 4 + 28}
 
 
 def test_totals_are_means_over_images():

@@ -10,7 +10,6 @@ import losses
 import methods
 import models
 from methods import reviewkd
-from scripts import parsed
 
 
 def pair(rows=6, classes=5, scale=2.0, seed=0):
@@ -162,15 +161,6 @@ def test_fusion_by_hand():
     weights = torch.sigmoid(F.conv2d(torch.cat([own, repeated], 1), *fusion.attention[0].parameters()))
     expected = own * weights[:, :1] + repeated * weights[:, 1:]
     torch.testing.assert_close(fusion(features, deeper, 4), (fusion.widen(expected), expected))
-
-
-@pytest.mark.parametrize(
-    ("teacher", "student", "weight"),
-    [("wrn_40_2", "wrn_16_2", 5.0), ("resnet56", "resnet20", 0.6), ("resnet32x4", "ShuffleV2", 8.0)],
-)
-def test_reviewkd_weighs_by_family(teacher, student, weight):
-    words = ["--tarch", teacher, "--arch", student, "--tcheckpoint", "t", "--method", "reviewkd"]
-    assert parsed("train_student_cifar", *words).feature_weight == weight
 
 
 def test_hsakd_with_dist_replaces_the_class_term_alone():

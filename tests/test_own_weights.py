@@ -123,22 +123,18 @@ def test_what_other_people_record_is_shown_and_not_compared(folder, backbone, tm
 
 
 def test_every_head_that_is_matched_is_tested(folder, teacher, tmp_path, capsys):
-    found = distil(folder, tmp_path / "right", teacher, method="hsakd", arch="resnet8_aux")["tested"]["teacher"]
+    """Its classes are matched by name: here the student has them in another order."""
+    (tmp_path / "names.txt").write_text("red\nblue\n\ngrey\ngreen\n")
+    names = ("--class-names", tmp_path / "names.txt")
+    right = distil(folder, tmp_path / "right", teacher, *names, method="hsakd", arch="resnet8_aux")
+    found, output = right["tested"]["teacher"], capsys.readouterr()
     assert list(found) == ["top1", "aux1", "aux2", "aux3"] and min(found.values()) >= 75
-    assert "warning" not in capsys.readouterr().err
+    assert right["class_names"] == ["red", "blue", "grey", "green"]
+    assert "by name" in output.out and "warning" not in output.err
     wrong = changed(teacher, tmp_path / "t.pth", permute("auxiliary_classifier.fc2"))
     tested = distil(folder, tmp_path / "wrong", wrong, method="hsakd", arch="resnet8_aux")["tested"]["teacher"]
     assert tested == {**found, "aux2": tested["aux2"]} and tested["aux2"] < 28
     assert "(aux2)" in capsys.readouterr().err
-
-
-def test_a_teachers_classes_are_matched_by_name(folder, teacher, tmp_path, capsys):
-    (tmp_path / "names.txt").write_text("red\nblue\n\ngrey\ngreen\n")
-    names = ("--class-names", tmp_path / "names.txt")
-    found = distil(folder, tmp_path, teacher, *names, method="hsakd", arch="resnet8_aux")
-    assert min(found["tested"]["teacher"].values()) >= 75 and found["class_names"] == ["red", "blue", "grey", "green"]
-    output = capsys.readouterr()
-    assert "by name" in output.out and "warning" not in output.err
 
 
 def adapted(name="resnet8_aux"):

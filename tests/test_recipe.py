@@ -1,7 +1,6 @@
 """The published recipes: the optimizer by hand and the defaults of every script."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,9 @@ import methods
 import models
 import options
 from imagesets import folders
-from scripts import WORLD, parsed
+from scripts import ROOT, WORLD, parsed
 from training import Trainer
 
-ROOT = Path(__file__).parents[1]
 TEACHER, FROZEN = ("--tcheckpoint", "t.pth"), ("--freezed", "--pretrained-backbone", "b.pth")
 CIFAR = {
     "dataset": "cifar100",

@@ -1,12 +1,9 @@
 """The published commands train as they did: losses of their first two steps, on small made images, in float32.
 
-The recorded values are those of one machine. `PYTHONPATH=.:tests python tests/test_recorded_losses.py` prints what the
-commands give now.
+The recorded values are those of one machine.
 """
 
 import pickle
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,14 +56,15 @@ def write_imagenet(root):
                 Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-def losses_of(name, folder, patch):
-    """Return the losses of the first two steps of a command, run on made images in `folder`."""
-    script, words, teacher, _ = COMMANDS[name]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_published_commands_take_the_recorded_steps(name, tmp_path, monkeypatch):
+    script, words, teacher, (first, second) = COMMANDS[name]
     found, imagenet = [], "imagenet" in script
-    (write_imagenet if imagenet else write_cifar)(folder)
+    (write_imagenet if imagenet else write_cifar)(tmp_path)
     if teacher:
         flag = "--pretrained-backbone" if "--freezed" in words else "--tcheckpoint"
-        words = (*words, flag, save_teacher(folder / "t.pth", teacher, CLASSES, 1 if "dpcd" in words else 4))
+        words = (*words, flag, save_teacher(tmp_path / "t.pth", teacher, CLASSES, 1 if "dpcd" in words else 4))
     for method in methods.METHODS.values():
 
         def step(self, model, batch, unchanged=method.step):
@@ -74,25 +72,9 @@ def losses_of(name, folder, patch):
             found.append(sum(terms.values()).item())
             return terms, predictions
 
-        patch.setattr(method, "step", step)
+        monkeypatch.setattr(method, "step", step)
     batch = 2 if imagenet or "few" in script else 4
     small = ("--batch-size", batch, "--epochs", 1, "--limit-batches", 2, "--num-workers", 0, "--amp", "off")
     small += ("--image-size", 64) if imagenet else ()
-    run(script, *words, *small, "--data", folder, "--checkpoint-dir", folder / "runs")
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_published_commands_take_the_recorded_steps(name, tmp_path, monkeypatch):
-    first, second = losses_of(name, tmp_path, monkeypatch)
-    recorded = COMMANDS[name][3]
-    assert first == pytest.approx(recorded[0], rel=1e-5) and second == pytest.approx(recorded[1], rel=1e-3)
-
-
-if __name__ == "__main__":
-    import tempfile
-
-    for command in sys.argv[1:] or COMMANDS:
-        with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as context:
-            print(command, losses_of(command, Path(place), context))
+    run(script, *words, *small, "--data", tmp_path, "--checkpoint-dir", tmp_path / "runs")
+    assert found == [pytest.approx(first, rel=1e-5), pytest.approx(second, rel=1e-3)]

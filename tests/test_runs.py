@@ -169,9 +169,9 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(copy, capsys):
 
 def test_what_changes_by_rounding_alone_may_differ(copy, capsys):
     folder, argv = copy
-    run("train_baseline_cifar", *argv, "--accumulate", 2, "--amp", "bf16", "--num-workers", 9)
+    run("train_baseline_cifar", *argv, "--accumulate", 2, "--amp", "fp16", "--num-workers", 9)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--resume")]
-    assert told[:2] == ["--resume: accumulate 1 -> 2", "--resume: amp off -> bf16"]
+    assert told[:2] == ["--resume: accumulate 1 -> 2", "--resume: amp off -> fp16"]
     assert told[2].startswith("--resume: num_workers ") and len(told) == 3
     assert json.loads((folder / "args.json").read_text())["accumulate"] == 2
 

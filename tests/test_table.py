@@ -4,16 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from test_recorded_losses import CLASSES, write_cifar
 
 import report
-from scripts import parsed, save_teacher
+from scripts import ROOT, parsed, save_teacher
 from tools import repeats
 
-ROOT = Path(__file__).resolve().parent.parent
 ROWS = ["alone", "kd", "dkd", "dist", "wttm", "crd", "reviewkd", "dpcd", "hssakd", "hsakd"]
 BEYOND = ["hsakd_standardized", "hsakd_dist", "hsakd_strong"]
 SMALL = ["--epochs", "1", "--milestones", "1", "--limit-batches", "2", "--batch-size", "4", "--amp", "off"]
