@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from training import distributed
+from training import distributed, speed
 from utils import UserError, World, available_cores, first_line
 
 POLL_EVERY = 10  # steps after which several processes agree on whether to stop
@@ -76,6 +76,8 @@ def run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.N
         if getattr(args, "multiprocessing_distributed", False) and "RANK" not in os.environ:
             sys.exit(relaunch(args, sys.argv))
         world = distributed.setup(getattr(args, "gpu_id", None), getattr(args, "dist_backend", None))
+        if world.device.type == "cpu":
+            speed.keep_memory()
         main(args, world)
     except SystemExit as stop:
         status = stop.code
