@@ -32,8 +32,8 @@ def run_bash(folder, *words, **environment):
 
 def parse(words):
     """Return the arguments of a command as its script reads them, nothing for programs that are no script."""
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))  # after torchrun's own
-    if not (ROOT / Path(words[at]).name).is_file():
+    at = next(i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1] == "-m")  # after torchrun's own
+    if words[at].endswith(".py") and not (ROOT / Path(words[at]).name).is_file():
         return []
     try:
         return [importlib.import_module(words[at].removesuffix(".py")).parse_args(words[at + 1 :])]
