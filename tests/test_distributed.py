@@ -136,7 +136,7 @@ def rank_results(world, folder):
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    """DPCD's confidence, too, runs over whole batches, before and after its history is full."""
+    """DPCD's confidence, too, runs over whole batches; the group may be the user's, and a head may learn nothing."""
     save_teacher(tmp_path / "teacher.pth")
     spawn(rank_results, str(tmp_path))
     (found, dpcd), (other, other_dpcd) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
