@@ -16,7 +16,8 @@ class HSAKD(Objective):
     reads = "heads"
 
     temperature = Constant(3.0, "temperature", options.above_zero, "--kd_T")
-    standardize = STANDARDIZE
+    kd_weight = Constant(1.0, "weight of the KL terms")
+    standardize = STANDARDIZE  # published, in KD, with T = 2 and weight 9
 
     def adapt(self, model):
         """Freeze the student's shallow heads that have none of the teacher's to learn from, and say so.
@@ -52,5 +53,5 @@ class HSAKD(Objective):
         return {"logit_kl": self.kl(student, teacher)}
 
     def kl(self, student, teacher):
-        """Return the KL of logits (rows, N) at the method's temperature."""
-        return kl(student, teacher, self.temperature, self.standardize)
+        """Return the weighted KL of logits (rows, N) at the method's temperature."""
+        return self.kd_weight * kl(student, teacher, self.temperature, self.standardize)

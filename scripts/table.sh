@@ -46,7 +46,7 @@ row() {
         reviewkd) student reviewkd --loss-warmup 1 ;;
         dkd | dpcd) student "$1" --loss-warmup 1 ${stored[@]+"${stored[@]}"} ;;
         kd | dist | wttm | hsakd | hsakd_dist) student "$1" ${stored[@]+"${stored[@]}"} ;;
-        hsakd_standardized) student hsakd --standardize ${stored[@]+"${stored[@]}"} ;;
+        hsakd_standardized) student hsakd --standardize --kd_T 2 --kd-weight 9 ${stored[@]+"${stored[@]}"} ;;
         hsakd_strong) student hsakd --augment strong ${stored[@]+"${stored[@]}"} ;;
         *) echo "table.sh: no row $1" >&2 && exit 2 ;;
     esac

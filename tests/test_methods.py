@@ -309,7 +309,7 @@ DPCD = {"temperature": 3.0, "ced_temperature": 3.0, "beta": 6.0, "alpha_range": 
 DPCD |= {"ema": 0.9, "history": 2000, "threshold": 0.6, "quantile": 0.65, "slope": 18.0, "ced_beta": 8.0}
 KD = {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9, "standardize": False}
 DKD = {"temperature": 4.0, "alpha": 1.0, "warmup_epochs": 20, "standardize": False}
-HSAKD = {"temperature": 3.0, "standardize": False}
+HSAKD = {"temperature": 3.0, "kd_weight": 1.0, "standardize": False}
 FITNET = {"stage": 2, "feature_weight": 100.0}
 
 

@@ -174,3 +174,15 @@ def test_hsakd_with_dist_replaces_the_class_term_alone():
     with torch.no_grad():
         expected = losses.dist(student(views)[0], teacher(views)[0])
     torch.testing.assert_close(terms["logit_dist"].detach(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_standardized_hsakd_weighs_every_kl():
+    torch.manual_seed(0)
+    teacher, student = (models.create(name, 10) for name in ("resnet14_aux", "resnet8_aux"))
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    terms = methods.HSAKD(teacher, temperature=2.0, kd_weight=9.0, standardize=True)(student, images, labels)
+    (logits, aux), (target, aux_target) = (network(losses.rotate(images)) for network in (student, teacher.eval()))
+    expected = [9 * standard_kl(*both).detach() for both in zip([logits, *aux], [target, *aux_target], strict=True)]
+    torch.testing.assert_close(terms["logit_kl"].detach(), expected[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(terms["aux_kl"].detach(), sum(expected[1:]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(terms["task"], methods.HSAKD(teacher)(student, images, labels)["task"])

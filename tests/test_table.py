@@ -41,7 +41,8 @@ def test_every_row_is_a_command_of_equal_steps(tmp_path):
         assert (args.epochs, args.milestones, args.init_lr, args.batch_size) == (15, [9, 11, 13], 0.05, 64)
         assert getattr(args, "loss_warmup", 1) == 1 and args.dataset == "cifar100"
     assert found["crd", 0].negatives == 4096 and found["hsakd", 0].views == 4
-    assert found["hsakd_standardized", 0].standardize and not found["hsakd", 0].standardize
+    args = found["hsakd_standardized", 0]
+    assert args.standardize and (args.kd_T, args.kd_weight) == (2.0, 9.0) and not found["hsakd", 0].standardize
     assert found["hsakd_strong", 0].augment == "strong" and found["hsakd", 0].augment is None
 
 
