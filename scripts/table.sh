@@ -10,15 +10,16 @@
 # Settings beside those of common.sh:
 #   ROWS, SEEDS, JOBS    what is run, and how many runs at once (2)
 #   RESULTS              results/table.jsonl; `python report.py results/table.jsonl` prints the table
-#   TEACHER              weights of the teacher, resnet20_aux
+#   TARCH, TEACHER       the teacher, resnet20_aux, and its weights
 #   VIEWS, STORE         fixed views of an image (auto; fresh: none) and the folder of the teacher's stored outputs, for
 #                        the methods that read logits or heads
 source "$(dirname "$0")/common.sh"
 export OMP_NUM_THREADS=1
 ROWS=${ROWS:-alone kd dkd dist wttm crd reviewkd dpcd hssakd hsakd} SEEDS=${SEEDS:-0 1 2} JOBS=${JOBS:-2}
-RESULTS=${RESULTS:-results/table.jsonl} TEACHER=${TEACHER:-results/teacher_resnet20_cifar100.pth}
+RESULTS=${RESULTS:-results/table.jsonl} TARCH=${TARCH:-resnet20_aux}
+TEACHER=${TEACHER:-results/teacher_resnet20_cifar100.pth}
 VIEWS=${VIEWS:-auto} STORE=${STORE:-$CHECKPOINTS/teacher_outputs}
-networks=(--tarch resnet20_aux --arch resnet8_aux --tcheckpoint "$TEACHER")
+networks=(--tarch "$TARCH" --arch resnet8_aux --tcheckpoint "$TEACHER")
 stored=()
 
 # student METHOD [flags]

@@ -52,6 +52,11 @@ def test_stored_outputs_serve_the_methods_that_read_logits_or_heads(tmp_path):
     assert stored == set(ROWS + BEYOND) - {"alone", "crd", "reviewkd", "hssakd"}
 
 
+def test_another_teacher_takes_the_same_rows(tmp_path):
+    found = commands(tmp_path, ROWS="hsakd hsakd_dist", SEEDS="0", TARCH="resnet14_aux", TEACHER="t14.pth")
+    assert {(args.tarch, args.tcheckpoint) for args in found.values()} == {("resnet14_aux", "t14.pth")}
+
+
 def test_rows_of_repeated_views(tmp_path):
     rows = ["few_fresh", "few_1", "few_4", "few_16", "all_fresh", "all_4"]
     found = commands(tmp_path, ROWS=" ".join(rows), SEEDS="0", STORE=tmp_path / "store")
