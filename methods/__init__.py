@@ -29,6 +29,7 @@ def defined_in(module: ModuleType) -> type[Objective] | None:
 _MODULES = [importlib.import_module(f"methods.{file.name}") for file in pkgutil.iter_modules(__path__)]
 METHODS = {method.name: method for method in map(defined_in, _MODULES) if hasattr(method, "name")}
 globals().update({method.__name__: method for method in METHODS.values()})
+RECIPES = {"published": "hsakd", "plus": "hsakd_dist"}
 
 
 def names() -> list[str]:
@@ -77,7 +78,9 @@ def refuse_others(parser: options.Parser, argv: list[str] | None, method: type[O
 
 def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = "wrn_40_2_aux") -> argparse.Namespace:
     """Parse a student script's command line: trained teacher, `--method`, and the constants of the method chosen."""
-    add = parser.add_argument_group("teacher and method").add_argument
+    default = RECIPES[options.given(argv, "--recipe", choices=RECIPES, default="published")]
+    group = parser.add_argument_group("teacher and method")
+    add = group.add_argument
     add("--tarch", type=options.architecture, default=tarch, help="architecture of the teacher")
     add("--tcheckpoint", type=options.path, required=True, help="weights of the teacher, or hub: the library's own")
     options.add_choice(add, "--tcheckpoint")
@@ -85,10 +88,12 @@ def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = 
     add("--teacher-cache", type=options.path, metavar="DIR", help="store of teachers' outputs; needs --views")
     add("--cache-dtype", choices=["exact", "float16"], help="type of the stored outputs (default: exact)")
     listed = f"{', '.join(names())}, or FILE.py, one of your own (default: hsakd); --method NAME --help lists its flags"
-    add("--method", default="hsakd", help=listed)
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--method", default=default, help=listed)
+    one.add_argument("--recipe", choices=RECIPES, help="plus: --method hsakd_dist; see docs/results.md")
     options.add_start(parser)
     try:
-        method = find(options.given(argv, "--method", default="hsakd"))
+        method = find(options.given(argv, "--method", default=default))
     except UserError as error:
         parser.error(str(error))
     if method.reads is None:
@@ -98,6 +103,7 @@ def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = 
     refuse_others(parser, argv, method)
     add_constants(parser, method)
     args = options.finish(parser, argv)
+    del args.recipe  # `method` says it
     for name in ("arch", "tarch"):
         if models.is_pair(getattr(args, name)):
             parser.error(f"--{name} {getattr(args, name)} is a mutual pair: name one of its networks")

@@ -180,7 +180,7 @@ BAD_VALUES = """
 METHOD_MISTAKES = """
 --method kd --ced-beta 3; --method kd --ema 0.9; --method mine; --method mine.py; --method supervised; --kd_T 0
 --arch resnet8; --tarch resnet8; --tarch resnet8_resnet8; --arch resnet8_resnet8; --few-ratio 1.5; --net 3
---arch torchvision/resnet18
+--arch torchvision/resnet18; --method kd --recipe plus
 """
 MISTAKES = [(words, False) for words in re.split("[;\n] *", BAD_VALUES.strip())]
 MISTAKES += [(words, True) for words in re.split("[;\n] *", METHOD_MISTAKES.strip())]

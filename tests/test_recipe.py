@@ -50,6 +50,7 @@ RECIPES = [
     ("train_teacher_cifar", (), CIFAR | {"rotations": 4}),
     ("train_teacher_cifar", FROZEN, CIFAR | SHORT | {"rotations": 4}),
     ("train_student_cifar", TEACHER, CIFAR | T3 | {"method": "hsakd"}),
+    ("train_student_cifar", (*TEACHER, "--recipe", "plus"), CIFAR | T3 | {"method": "hsakd_dist", "inter_weight": 2.0}),
     ("train_student_few_shot", TEACHER, CIFAR | T3 | {"method": "hsakd", "few_ratio": 0.25}),
     ("train_online_kd_cifar", (), CIFAR | T3),
     ("train_teacher_imagenet", (), IMAGENET | {"rotations": 4}),
