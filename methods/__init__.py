@@ -90,7 +90,8 @@ def finish_student(parser: options.Parser, argv: list[str] | None, tarch: str = 
     listed = f"{', '.join(names())}, or FILE.py, one of your own (default: hsakd); --method NAME --help lists its flags"
     one = group.add_mutually_exclusive_group()
     one.add_argument("--method", default=default, help=listed)
-    one.add_argument("--recipe", choices=RECIPES, help="plus: --method hsakd_dist; see docs/results.md")
+    plus = "plus: --method hsakd_dist, for a teacher far better than the student; see docs/results.md"
+    one.add_argument("--recipe", choices=RECIPES, help=plus)
     options.add_start(parser)
     try:
         method = find(options.given(argv, "--method", default=default))
