@@ -76,6 +76,7 @@ def test_a_run_is_collected_and_then_left_out(tmp_path):
     (line,) = map(json.loads, (tmp_path / "table.jsonl").read_text().splitlines())
     assert (line["name"], line["seed"], len(line["log"])) == ("hsakd", 1, 1) and "torch" in line["versions"]
     assert line["args"]["method"] == "hsakd" and "checkpoint_dir" not in line["args"]
+    assert line["args"]["tcheckpoint"] == f"{tmp_path.name}/t.pth" and str(tmp_path) not in json.dumps(line)
     (run,) = report.find_runs([tmp_path / "table.jsonl"])
     assert run.finished and run.epochs[-1]["test/top1"] >= 0
     assert commands(tmp_path, ROWS="hsakd kd", SEEDS="1").keys() == {("kd", 1)}

@@ -13,6 +13,11 @@ from utils import read_json, versions
 KEPT = {"epochs", "tcheckpoint", "pretrained_backbone", "overrides", "image_set"}  # of FREE_ARGUMENTS, for report.py
 
 
+def portable(setting):
+    """Return the folder and name alone of an absolute path, whose beginning says something of this machine only."""
+    return "/".join(Path(setting).parts[-2:]) if isinstance(setting, str) and Path(setting).is_absolute() else setting
+
+
 def main(argv=None) -> None:
     """Append the line of a finished run at once, so that two runs that end together do not mix theirs."""
     parser = options.Parser(__doc__, prog="tools.collect")
@@ -23,7 +28,7 @@ def main(argv=None) -> None:
     settings, log = read_json(args.folder / "args.json"), read_log(args.folder / "log.jsonl")
     if settings is None or len(log) < settings["epochs"]:
         parser.error(f"{args.folder} holds no finished run")
-    kept = {key: value for key, value in settings.items() if key not in FREE_ARGUMENTS - KEPT}
+    kept = {key: portable(value) for key, value in settings.items() if key not in FREE_ARGUMENTS - KEPT}
     found = {"name": args.name, "seed": settings["manual_seed"], "args": kept, "log": log, "versions": versions()}
     line = json.dumps(found) + "\n"
     try:
